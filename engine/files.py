@@ -44,7 +44,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if path.exists():  # a folder cannot be renamed onto a full one
                 replaced = temporary.with_name(f"{temporary.name}.replaced")
                 path.rename(replaced)
-                temporary.rename(path)
+                try:
+                    temporary.rename(path)
+                except OSError:
+                    replaced.rename(path)
+                    raise
                 shutil.rmtree(replaced)
             else:
                 temporary.rename(path)

@@ -53,7 +53,7 @@ class Tower:
                 self.provider, self.why = "cuda", "auto: a CUDA session came up"
             except ClipmillError as error:
                 self.session = self._open(bundle, name, "cpu", {})
-                self.provider, self.why = "cpu", f"auto: {error}"
+                self.provider, self.why = "cpu", f"auto: {str(error).partition('; ')[0]}"  # the cause, without its mend
         else:
             self.session = self._open(bundle, name, provider, fixed or {} if provider == "cuda" else {})
             self.provider = provider
@@ -90,7 +90,7 @@ class Tower:
         running = session.get_providers()[0]
         if running != EXECUTION_PROVIDERS[provider]:  # a CUDA provider that fails to load leaves only a log line
             raise ClipmillError(
-                f"provider {provider} did not come up, ONNX Runtime fell back to {running}: CUDA 13 or cuDNN 9 is "
+                f"provider {provider} did not come up, ONNX Runtime fell back to {running}; CUDA 13 or cuDNN 9 is "
                 "missing or does not fit the driver; install them or choose --provider cpu"
             )
         return session
@@ -100,7 +100,7 @@ def _require_cuda() -> None:
     """Raise ClipmillError naming what is missing; the list of available providers alone proves nothing."""
     if EXECUTION_PROVIDERS["cuda"] not in ort.get_available_providers():
         raise ClipmillError(
-            "the installed onnxruntime has no CUDA provider: install onnxruntime-gpu (and uninstall onnxruntime), or "
+            "the installed onnxruntime has no CUDA provider; install onnxruntime-gpu (and uninstall onnxruntime), or "
             "choose --provider cpu"
         )
     driver = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
@@ -108,6 +108,6 @@ def _require_cuda() -> None:
         ctypes.CDLL(driver)
     except OSError as error:
         raise ClipmillError(
-            f"no NVIDIA driver on this machine ({driver} does not load): install it, or choose --provider cpu"
+            f"no NVIDIA driver on this machine ({driver} does not load); install it, or choose --provider cpu"
         ) from error
     ort.preload_dlls()

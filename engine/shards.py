@@ -1,6 +1,7 @@
 """Shards: the rows of a run as Parquet or Arrow IPC files, written whole, read as one table.
 
-Columns: row int64, key string, split string, label int32 (null if unknown), embedding FixedSizeList<float>[dim].
+Columns: row int64, key string, split string, label int32 (null if unknown), the dataset's further labels, and
+embedding FixedSizeList<float>[dim].
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from engine.bundle import Bundle
+from engine.datasets import Sample
 from engine.errors import ClipmillError
 from engine.files import atomic_file
 
 FORMATS = ("parquet", "arrow")
+SAMPLE_COLUMNS = ("row", "key", "split", "label")
 DTYPES = {"float32": pa.float32(), "float16": pa.float16()}
 
 
@@ -39,12 +42,14 @@ REJECT_SCHEMA = pa.schema(
 )
 
 
-def shard_schema(dim: int, dtype: str, metadata: Mapping[str, str]) -> pa.Schema:
+def shard_schema(dim: int, dtype: str, metadata: Mapping[str, str], more_labels: Sequence[str] = ()) -> pa.Schema:
+    """The columns of a run; a dataset's further labels stand between its label and the embedding."""
     columns = {
         "row": pa.int64(),
         "key": pa.string(),
         "split": pa.string(),
         "label": pa.int32(),
+        **dict.fromkeys(more_labels, pa.int32()),
         "embedding": embedding_type(dim, dtype),
     }
     return pa.schema(columns, metadata=dict(metadata))
@@ -65,21 +70,17 @@ def bundle_metadata(bundle: Bundle) -> dict[str, str]:
     }
 
 
-def shard_table(
-    schema: pa.Schema,
-    rows: Sequence[int],
-    keys: Sequence[str],
-    splits: Sequence[str],
-    labels: Sequence[int | None],
-    embeddings: NDArray[np.float32],
-) -> pa.Table:
-    """One shard in memory; embeddings (N, dim) float32 are cast to the schema's type."""
-    columns = [rows, keys, splits, labels, embedding_column(embeddings, schema.field("embedding").type)]
-    arrays = [
-        column if isinstance(column, pa.Array) else pa.array(column, field.type)
-        for column, field in zip(columns, schema, strict=True)
-    ]
-    return pa.Table.from_arrays(arrays, schema=schema)
+def shard_table(schema: pa.Schema, samples: Sequence[Sample], embeddings: NDArray[np.float32]) -> pa.Table:
+    """One shard in memory; embeddings (N, dim) float32, one a sample, are cast to the schema's type."""
+    columns = []
+    for field in schema:
+        if field.name == "embedding":
+            columns.append(embedding_column(embeddings, field.type))
+        elif field.name in SAMPLE_COLUMNS:
+            columns.append(pa.array([getattr(sample, field.name) for sample in samples], field.type))
+        else:
+            columns.append(pa.array([sample.more_labels[field.name] for sample in samples], field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def embedding_column(embeddings: NDArray[np.float32], kind: pa.FixedSizeListType) -> pa.Array:

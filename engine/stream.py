@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from engine.bundle import Bundle, Preprocessing
 from engine.datasets import Dataset, Sample
-from engine.decode import BadImage, decode
+from engine.decode import MAX_PIXELS, BadImage, decode
 from engine.errors import ClipmillError
 from engine.machine import peak_rss, usable_cpus
 from engine.manifest import Run, ShardRange, read_manifest
@@ -46,6 +46,7 @@ class Settings:
     shard_size: int = SHARD_SIZE
     format: str = "parquet"
     dtype: str = "float32"
+    max_pixels: int = MAX_PIXELS  # of an image as stored, and as resized before the crop
     fail_on_error: bool = False
     overwrite: bool = False
 
@@ -96,7 +97,7 @@ def extract(
     with (  # left from the last stage to the first: none may lose its source while it runs
         ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool,
         closing(_read(dataset, pending, batch_size, image_size, clock)) as batches,
-        closing(prefetch(_decode(batches, pool, workers, resize, clock), QUEUE_DEPTH)) as decoded,
+        closing(prefetch(_decode(batches, pool, workers, resize, settings.max_pixels, clock), QUEUE_DEPTH)) as decoded,
         closing(prefetch(_embed(decoded, tower, bundle.preprocessing, clock), QUEUE_DEPTH)) as embedded,
     ):
         _write(embedded, run, settings.fail_on_error, _schema(bundle, dataset, settings), clock, advanced)
@@ -118,10 +119,12 @@ def _run(bundle: Bundle, dataset: Dataset, output: Path, settings: Settings, pro
         "provider": provider,
         "dataset": dataset.name,
         "split": dataset.split,
-        "rows": dataset.rows,
         "data": dict(dataset.identity),
+        **{choice: dataset.subset.get(choice) for choice in ("classes", "sample", "seed", "limit")},
+        "rows": dataset.rows,
         "dtype": settings.dtype,
         "format": settings.format,
+        "max_pixels": settings.max_pixels,
         "shard_size": settings.shard_size,
         "batch_size": batch_size,
     }
@@ -134,22 +137,27 @@ def _schema(bundle: Bundle, dataset: Dataset, settings: Settings) -> Any:
         "dataset": dataset.name,
         "split": dataset.split,
         "class_names": json.dumps(dataset.class_names, ensure_ascii=False),
+        **{f"{name}_names": json.dumps(names, ensure_ascii=False) for name, names in dataset.label_columns.items()},
+        **({"classes": json.dumps(dataset.classes)} if dataset.classes else {}),
         **bundle_metadata(bundle),
     }
-    return shard_schema(bundle.architecture.embedding_dim, settings.dtype, metadata)
+    return shard_schema(bundle.architecture.embedding_dim, settings.dtype, metadata, tuple(dataset.label_columns))
 
 
 def _read(
     dataset: Dataset, shards: Iterable[ShardRange], batch_size: int, image_size: tuple[int, int], clock: StageClock
 ) -> Generator[Batch, None, None]:
     """Samples of each shard in batches; a batch never crosses into the next shard."""
+    last_row = -1
     for shard in shards:
         rows = dataset.samples(shard.start, shard.stop)
         for start in range(shard.start, shard.stop, batch_size):
             with clock.measure("read"):
                 samples = tuple(islice(rows, batch_size))
-            promised = list(range(start, min(start + batch_size, shard.stop)))
-            assert [sample.row for sample in samples] == promised, f"{dataset.name}: not the rows it has from {start}"
+            assert len(samples) == min(batch_size, shard.stop - start), f"{dataset.name} broke off after {start} rows"
+            for sample in samples:
+                assert last_row < sample.row, f"{dataset.name}: row {sample.row} comes after row {last_row}"
+                last_row = sample.row
             yield Batch(shard, samples, np.zeros((batch_size, *image_size, 3), dtype=np.uint8))
 
 
@@ -158,12 +166,13 @@ def _decode(
     pool: ThreadPoolExecutor,
     workers: int,
     resize: tuple[int, int] | None,
+    max_pixels: int,
     clock: StageClock,
 ) -> Iterator[Batch]:
     """Batches with their pixels, in order; one batch a worker at a time, and one ready beside them."""
     ahead: deque[Future[Batch]] = deque()
     for batch in batches:
-        ahead.append(pool.submit(_decode_batch, batch, resize))
+        ahead.append(pool.submit(_decode_batch, batch, resize, max_pixels))
         if len(ahead) > workers:
             yield _decoded(ahead.popleft(), workers, clock)
     while ahead:
@@ -176,11 +185,11 @@ def _decoded(future: Future[Batch], workers: int, clock: StageClock) -> Batch:
     return batch
 
 
-def _decode_batch(batch: Batch, resize: tuple[int, int] | None) -> Batch:
+def _decode_batch(batch: Batch, resize: tuple[int, int] | None, max_pixels: int) -> Batch:
     start = time.perf_counter()
     for position, sample in enumerate(batch.samples):
         try:
-            pixels = decode(sample.image, resize)
+            pixels = decode(sample.image, resize, max_pixels)
             if pixels.shape != batch.pixels.shape[1:]:
                 raise BadImage("bad-size", f"is {pixels.shape[1]}x{pixels.shape[0]}, unlike the rest of its dataset")
             batch.pixels[position] = pixels
@@ -209,6 +218,7 @@ def _write(
     good: list[Sample] = []
     rejects: list[Reject] = []
     embeddings: list[NDArray[np.float32]] = []
+    rows = 0
     shard_started = time.perf_counter()
     for batch in batches:
         assert batch.embeddings is not None
@@ -221,19 +231,13 @@ def _write(
         # without the images, which are done with: those of a whole shard may be gigabytes
         good.extend(replace(batch.samples[position], image=b"") for position in kept)
         embeddings.append(batch.embeddings[kept])
+        rows += len(batch.samples)
         advanced(len(batch.samples))
-        if batch.samples[-1].row + 1 == batch.shard.stop:
+        if rows == batch.shard.stop - batch.shard.start:
             with clock.measure("write"):
-                table = shard_table(
-                    schema,
-                    [sample.row for sample in good],
-                    [sample.key for sample in good],
-                    [sample.split for sample in good],
-                    [sample.label for sample in good],
-                    np.concatenate(embeddings),
-                )
+                table = shard_table(schema, good, np.concatenate(embeddings))
                 run.commit(batch.shard, table, rejects, time.perf_counter() - shard_started)
-            good, rejects, embeddings, shard_started = [], [], [], time.perf_counter()
+            good, rejects, embeddings, rows, shard_started = [], [], [], 0, time.perf_counter()
 
 
 def _summary(clock: StageClock, tower: Tower, batch_size: int, workers: int, images: int) -> dict[str, Any]:

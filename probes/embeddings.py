@@ -26,10 +26,17 @@ class ImageEmbeddings:
     y: NDArray[np.int64]  # (N,) labels, -1 where unknown
     keys: list[str]
     class_names: tuple[str, ...]
+    classes: tuple[int, ...]  # the labels to decide between: all, or those that the run was cut down to
     dataset: str
     split: str
     bundle: str  # fingerprint
     bundle_name: str
+
+    def positions(self) -> NDArray[np.int64]:
+        """(N,) the position of each label in `classes`, -1 where it is unknown."""
+        position = np.full(len(self.class_names) + 1, -1)
+        position[list(self.classes)] = np.arange(len(self.classes))
+        return position[self.y]  # the label -1 takes the last, which stays -1
 
 
 @dataclass(frozen=True)
@@ -48,12 +55,14 @@ def load_run(path: str | Path) -> ImageEmbeddings:
     if table.num_rows == 0:
         raise ClipmillError(f"the run at {path} holds no embedding: all of its images were rejected")
     metadata = _metadata(table, path)
+    class_names = tuple(json.loads(metadata["class_names"]))
     return ImageEmbeddings(
         path=path,
         X=embeddings_of(table),
         y=pc.fill_null(table.column("label"), -1).to_numpy().astype(np.int64),
         keys=table.column("key").to_pylist(),
-        class_names=tuple(json.loads(metadata["class_names"])),
+        class_names=class_names,
+        classes=tuple(json.loads(metadata["classes"])) if "classes" in metadata else tuple(range(len(class_names))),
         dataset=metadata["dataset"],
         split=metadata["split"],
         bundle=metadata["bundle"],

@@ -1,0 +1,721 @@
+"""clipmill's command line: parse, call, print. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from engine.errors import ClipmillError
+
+if TYPE_CHECKING:
+    from engine.bundle import Bundle
+    from engine.datasets import Dataset
+    from engine.stream import Settings
+    from probes.embeddings import ImageEmbeddings, TextEmbeddings
+
+DEFAULT_TEMPLATE = "a photo of a {}"
+EXPORTABLE = (
+    "a hub id, a folder with a Hugging Face checkpoint, mini (embedded) and random-vit-b-32 (untrained, for benchmarks)"
+)
+EXPORT_EXTRA = {"torch", "transformers", "optimum", "onnx", "onnxscript", "huggingface_hub"}
+
+
+class Boundary(click.Group):
+    """The one place where a user's mistake becomes one line and exit code 1; a bug keeps its traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of work, not of the alphabet
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ClipmillError as error:
+            raise click.ClickException(" ".join(str(error).split())) from error
+
+
+@click.group(cls=Boundary, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="clipmill")
+def main() -> None:
+    """clipmill turns images and prompts into certified CLIP embeddings, and tells what the model understood.
+
+    \b
+    Example:
+      python cli.py demo
+    """
+
+
+# Options that several commands take ---------------------------------------------------------------------------------
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+model_option = click.option(
+    "--model",
+    metavar="BUNDLE",
+    help="Bundle folder, or its name under models/.  [default: models/clip-vit-base-patch32]",
+)
+provider_option = click.option(
+    "--provider",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="What runs the model; the one asked for runs, or the command fails.",
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), help="ONNX Runtime threads.  [default: usable CPUs]"
+)
+verify_option = click.option("--no-verify", is_flag=True, help="Do not check the sha256 of the bundle's files.")
+data_dir_option = click.option(
+    "--data-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where downloads lie.  [default: $CLIPMILL_DATA_DIR, else datasets_cache/]",
+)
+prompts_help = "Built-in set (see `prompts`), text file with one prompt a line, or - for stdin"
+
+
+# demo ---------------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for everything.  [default: demo/<time>]")
+@json_option
+def demo(output: Path | None, as_json: bool) -> None:
+    """Everything below, on the embedded model and sample.
+
+    Exports the model, extracts the sample's train and test images, embeds prompts, runs four probes, prints one table.
+
+    \b
+    Example:
+      python cli.py demo
+    """
+    from engine.datasets import open_dataset
+    from engine.shards import write_table
+    from engine.stream import Settings
+    from engine.text import embed_prompts, text_table
+    from probes.clustering import cluster
+    from probes.embeddings import load_run
+    from probes.linear import baseline, class_agnostic
+    from probes.prompts import fill_template, read_prompts
+    from probes.zero_shot import zero_shot
+
+    started = time.perf_counter()
+    folder = output or Path("demo") / time.strftime("%Y%m%d-%H%M%S")
+    if folder.exists():
+        raise ClipmillError(f"{folder} exists: the demo starts afresh, choose another --output")
+    bundle = run_export("mini", folder / "models" / "mini")
+    for split in ("train", "test"):
+        run_extract(bundle, open_dataset("cifar10-sample", split), folder / "runs" / split, Settings())
+    train, test = load_run(folder / "runs" / "train"), load_run(folder / "runs" / "test")
+
+    def embed(name: str, prompts: list[str]) -> Any:
+        embeddings = embed_prompts(bundle, prompts)
+        write_table(folder / "runs" / f"{name}.parquet", text_table(bundle, prompts, embeddings))
+        return embeddings
+
+    classes = embed("classes", fill_template("a photo of {a}", test.class_names))
+    generic = embed("generic-32", read_prompts("generic-32"))
+    say("probing")
+    results = [
+        baseline(train.X, train.y, test.X, test.y),
+        zero_shot(test.X, test.y, classes),
+        class_agnostic(train.X, train.y, test.X, test.y, generic),
+        cluster(test.X, test.y),
+    ]
+    found = {
+        "folder": str(folder),
+        "certificate": bundle.certificate,
+        "results": results,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    click.echo(
+        f"\nWhat the embedded miniature CLIP understood of {len(test.y)} CIFAR-10 test images "
+        f"({len(train.y)} to learn from)\n\n{'probe':<16}{'measure':<12}{'found':>8}{'chance':>8}{'entropy':>17}"
+    )
+    for result in results:
+        measure = "purity" if "purity" in result else "accuracy"
+        entropy = f"{result['mean_entropy']:.3f} of {result['max_entropy']:.3f}" if "mean_entropy" in result else ""
+        click.echo(f"{result['probe']:<16}{measure:<12}{result[measure]:>8.3f}{result['chance']:>8.3f}{entropy:>17}")
+    click.echo(
+        f"\n{found['seconds']} s. A demonstration model: these are not CLIP's results.\n"
+        f"bundle  {folder}/models/mini\nruns    {folder}/runs/train  {folder}/runs/test\n"
+        f"prompts {folder}/runs/classes.parquet  {folder}/runs/generic-32.parquet"
+    )
+
+
+# export -------------------------------------------------------------------------------------------------------------
+
+
+@main.command("export")
+@click.option(
+    "--model",
+    default="openai/clip-vit-base-patch32",
+    show_default=True,
+    metavar="ID|PATH|mini|random-vit-b-32",
+    help=f"What to convert: {EXPORTABLE}.",
+)
+@click.option("--output", type=click.Path(path_type=Path), help="Bundle folder.  [default: models/<name of the model>]")
+@json_option
+def export_command(model: str, output: Path | None, as_json: bool) -> None:
+    """Convert a CLIP checkpoint to a bundle: both towers as ONNX, with a fidelity certificate.
+
+    Nothing is left when the certificate misses its bar. Needs the `export` extra (torch, transformers, optimum).
+
+    \b
+    Example:
+      python cli.py export
+      python cli.py export --model mini
+    """
+    from engine.bundle import default_output
+
+    bundle = run_export(model, output or default_output(model))
+    certificate = bundle.certificate
+    say(
+        f"certified on {certificate['images']} images and {certificate['prompts']} prompts against PyTorch fp32: "
+        f"min cosine image {certificate['image']['min_cosine']:.7f}, text {certificate['text']['min_cosine']:.7f}"
+    )
+    emit({"bundle": str(bundle.path), "fingerprint": bundle.fingerprint, "certificate": certificate}, as_json, "bundle")
+
+
+def run_export(model: str, output: Path) -> Bundle:
+    try:
+        from export.to_onnx import export_bundle
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in EXPORT_EXTRA:
+            raise
+        raise ClipmillError(f"export needs {error.name}, which is not installed: pip install -e '.[export]'") from error
+    return export_bundle(model, output, progress=say)
+
+
+# extract ------------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--dataset", required=True, metavar="NAME|SOURCE:PATH", help="See `python cli.py datasets`.")
+@model_option
+@click.option("--split", metavar="train|test|all", help="Part of the dataset.  [default: test, where there is one]")
+@click.option("--classes", metavar="A,B,...|N", help="Only these classes, or N of them drawn by --class-seed.")
+@click.option("--class-seed", type=int, default=0, show_default=True, help="Draws the classes.")
+@click.option("--sample", type=int, metavar="N", help="N rows drawn by --seed, each class in its share.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Draws the sample.")
+@click.option("--limit", type=int, metavar="N", help="Take the first N rows only.")
+@data_dir_option
+@click.option("--no-download", is_flag=True, help="Fail where the dataset is not there yet.")
+@provider_option
+@click.option("--batch-size", type=click.IntRange(min=1), help="Images a batch.  [default: 32 on CPU, 256 on CUDA]")
+@click.option("--workers", type=click.IntRange(min=1), help="Decode threads.  [default: usable CPUs]")
+@threads_option
+@click.option("--shard-size", type=click.IntRange(min=1), default=10_000, show_default=True, help="Rows a shard.")
+@click.option("--format", type=click.Choice(["parquet", "arrow"]), default="parquet", show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    default=89_478_485,
+    show_default=True,
+    help="Reject an image with more, before it is decoded or by its size when resized.",
+)
+@click.option(
+    "--on-error",
+    type=click.Choice(["reject", "fail"]),
+    default="reject",
+    show_default=True,
+    help="A bad image becomes a row of rejects.parquet, or stops the run.",
+)
+@click.option("--output", metavar="DIR", help="Run folder.  [default: runs/<dataset>-<split>-<bundle>]")
+@click.option("--overwrite", is_flag=True, help="Replace the run that is there.")
+@verify_option
+@json_option
+def extract(
+    dataset: str,
+    model: str | None,
+    split: str | None,
+    classes: str | None,
+    class_seed: int,
+    sample: int | None,
+    seed: int,
+    limit: int | None,
+    data_dir: Path | None,
+    no_download: bool,
+    output: str | None,
+    on_error: str,
+    no_verify: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Embed the images of a dataset into Parquet or Arrow shards with a manifest.
+
+    The same command again continues an interrupted run, and leaves a complete one as it is.
+
+    \b
+    Example:
+      python cli.py extract --dataset cifar10-sample --model mini
+      python cli.py extract --dataset folder:photos --provider cuda --output runs/photos
+      python cli.py extract --dataset tiny-imagenet --classes 100 --class-seed 7 --output runs/tiny-100
+    """
+    from engine.bundle import find_bundle
+    from engine.datasets import open_dataset
+    from engine.stream import Settings
+
+    source = open_dataset(
+        dataset,
+        split,
+        limit,
+        classes=classes,
+        class_seed=class_seed,
+        sample=sample,
+        seed=seed,
+        data_dir=data_dir,
+        download=not no_download,
+    )
+    for note in source.notes:
+        say(note)
+    bundle = find_bundle(model, verify=not no_verify)
+    manifest = run_extract(
+        bundle,
+        source,
+        local_path(output) if output else Path("runs") / f"{source.slug}-{source.split}-{bundle.name}",
+        Settings(fail_on_error=on_error == "fail", **settings),
+    )
+    emit(manifest, as_json, "run")
+
+
+def run_extract(bundle: Bundle, source: Dataset, output: Path, settings: Settings) -> dict[str, Any]:
+    """Extract with a progress bar; say what came of it; the manifest, with the run's path first."""
+    from engine.stream import extract
+
+    with progress_bar(source.rows, source.name) as advanced:
+        manifest = extract(bundle, source, output, settings, started=say, advanced=advanced)
+    summary = manifest["summary"]
+    say(
+        f"{manifest['written']} embeddings, {manifest['rejected']} rejects; {summary['images']} images in "
+        f"{summary['seconds']:.1f} s, {summary['images_per_second']:.0f} images/s, bound by {summary['bound_by']}"
+    )
+    for stage, seconds in summary["stages"].items():
+        say(f"  {stage:<7} busy {seconds['busy']:8.2f} s   waiting {seconds['waiting']:8.2f} s")
+    if summary["peak_rss_bytes"]:
+        say(f"  peak memory {summary['peak_rss_bytes'] / 2**20:.0f} MiB")
+    return {"run": str(output), **manifest}
+
+
+# embed-text ---------------------------------------------------------------------------------------------------------
+
+
+@main.command("embed-text")
+@click.option("--prompts", required=True, metavar="SET|FILE|-", help=f"{prompts_help}.")
+@click.option("--template", help='Put each line into a template: "a photo of a {}", or "a photo of {a}" for a/an.')
+@model_option
+@provider_option
+@threads_option
+@click.option("--output", metavar="FILE", help="Parquet table.  [default: runs/text-<prompts>-<bundle>.parquet]")
+@verify_option
+@json_option
+def embed_text(
+    prompts: str,
+    template: str | None,
+    model: str | None,
+    provider: str,
+    threads: int | None,
+    output: str | None,
+    no_verify: bool,
+    as_json: bool,
+) -> None:
+    """Embed prompts into a Parquet table of prompt and embedding.
+
+    \b
+    Example:
+      python cli.py embed-text --prompts generic-32 --model mini
+      python cli.py embed-text --prompts classes.txt --template "a photo of {a}" --model mini
+    """
+    from engine.bundle import find_bundle
+    from engine.shards import write_table
+    from engine.text import embed_prompts, text_table
+
+    texts = filled(prompts, template)
+    bundle = find_bundle(model, verify=not no_verify)
+    name = "stdin" if prompts == "-" else Path(prompts).stem
+    path = local_path(output) if output else Path("runs") / f"text-{name}-{bundle.name}.parquet"
+    embeddings = embed_prompts(bundle, texts, provider, threads=threads)
+    write_table(path, text_table(bundle, texts, embeddings))
+    say(f"{len(texts)} prompts embedded")
+    emit({"table": str(path), "prompts": len(texts), "bundle": bundle.fingerprint}, as_json, "table")
+
+
+def filled(prompts: str, template: str | None) -> list[str]:
+    from probes.prompts import fill_template, read_prompts
+
+    lines = read_prompts(prompts)
+    return fill_template(template, lines) if template else lines
+
+
+# probe --------------------------------------------------------------------------------------------------------------
+
+
+@main.group()
+def probe() -> None:
+    """Ask what the embeddings of a run know.
+
+    \b
+    Example:
+      python cli.py probe zero-shot --test runs/cifar10-sample-test-mini
+    """
+
+
+train_option = click.option("--train", required=True, metavar="RUN", help="Run folder to learn from.")
+test_option = click.option("--test", required=True, metavar="RUN", help="Run folder to score on.")
+tau_option = click.option(
+    "--tau",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Temperature of the softmax whose mean entropy is given.",
+)
+result_option = click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Also write the result as JSON to this file."
+)
+
+
+@probe.command("zero-shot")
+@test_option
+@click.option(
+    "--template", help=f'Prompt of a class: {{}} is its name, {{a}} with a/an.  [default: "{DEFAULT_TEMPLATE}"]'
+)
+@click.option("--prompts", metavar="FILE|TABLE", help="One prompt a class, in label order, in place of --template.")
+@tau_option
+@model_option
+@provider_option
+@result_option
+@json_option
+def zero_shot(
+    test: str,
+    template: str | None,
+    prompts: str | None,
+    tau: float,
+    model: str | None,
+    provider: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Classify by the nearest class prompt; nothing is learned.
+
+    \b
+    Example:
+      python cli.py probe zero-shot --test runs/cifar10-sample-test-mini --template "a photo of {a}"
+    """
+    from probes.embeddings import load_run
+    from probes.zero_shot import zero_shot
+
+    if prompts and template:
+        raise click.UsageError("--prompts and --template exclude each other: the prompts are used as they are.")
+    run = load_run(test)
+    if prompts:
+        text = text_embeddings(prompts, run, model, provider)
+        if len(text.prompts) != len(run.classes):
+            raise ClipmillError(
+                f"--prompts {prompts} holds {len(text.prompts)} prompts, the run at {test} has {len(run.classes)} "
+                "classes: zero-shot needs one prompt a class, in label order"
+            )
+    else:
+        text = class_embeddings(template or DEFAULT_TEMPLATE, run, model, provider)
+    with mistakes_of("zero-shot"):
+        result = zero_shot(run.X, run.positions(), text.X, tau)
+    report({**result, "prompts": text.prompts, "test": described(run)}, output, as_json)
+
+
+@probe.command()
+@train_option
+@test_option
+@result_option
+@json_option
+def baseline(train: str, test: str, output: Path | None, as_json: bool) -> None:
+    """Supervised baseline: StandardScaler and a linear SVM on the image embeddings.
+
+    \b
+    Example:
+      python cli.py probe baseline --train runs/cifar10-sample-train-mini --test runs/cifar10-sample-test-mini
+    """
+    from probes.linear import baseline
+
+    train_run, test_run = comparable_runs(train, test)
+    with mistakes_of("baseline"):
+        result = baseline(train_run.X, train_run.y, test_run.X, test_run.y)
+    report({**result, "train": described(train_run), "test": described(test_run)}, output, as_json)
+
+
+@probe.command("class-agnostic")
+@train_option
+@test_option
+@click.option(
+    "--prompts", default="generic-32", show_default=True, metavar="SET|FILE|TABLE", help=f"{prompts_help}, or a table."
+)
+@tau_option
+@model_option
+@provider_option
+@result_option
+@json_option
+def class_agnostic(
+    train: str,
+    test: str,
+    prompts: str,
+    tau: float,
+    model: str | None,
+    provider: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """A linear SVM on what prompts that name no class say of an image: cosine logits / tau.
+
+    \b
+    Example:
+      python cli.py probe class-agnostic --train runs/cifar10-sample-train-mini --test runs/cifar10-sample-test-mini
+    """
+    from probes.linear import class_agnostic
+
+    train_run, test_run = comparable_runs(train, test)
+    text = text_embeddings(prompts, test_run, model, provider)
+    with mistakes_of("class-agnostic"):
+        result = class_agnostic(train_run.X, train_run.y, test_run.X, test_run.y, text.X, tau)
+    report(
+        {**result, "prompt_set": prompts, "train": described(train_run), "test": described(test_run)}, output, as_json
+    )
+
+
+@probe.command()
+@test_option
+@click.option("--clusters", type=click.IntRange(min=1), help="Number of clusters.  [default: number of labels]")
+@result_option
+@json_option
+def cluster(test: str, clusters: int | None, output: Path | None, as_json: bool) -> None:
+    """k-means on the image embeddings: do clusters, found without labels, hold one class each?
+
+    \b
+    Example:
+      python cli.py probe cluster --test runs/cifar10-sample-test-mini
+    """
+    from probes.clustering import cluster
+    from probes.embeddings import load_run
+
+    run = load_run(test)
+    with mistakes_of("cluster"):
+        result = cluster(run.X, run.y, clusters)
+    report({**result, "test": described(run)}, output, as_json)
+
+
+def comparable_runs(train: str, test: str) -> tuple[ImageEmbeddings, ImageEmbeddings]:
+    from probes.embeddings import load_run, require_same_bundle, require_same_classes
+
+    train_run, test_run = load_run(train), load_run(test)
+    require_same_bundle(train_run, test_run)
+    require_same_classes(train_run, test_run)
+    return train_run, test_run
+
+
+def text_embeddings(prompts: str, run: ImageEmbeddings, model: str | None, provider: str) -> TextEmbeddings:
+    """The prompts of a table, or of a set or file embedded by the bundle that made the run."""
+    from probes.embeddings import load_text_table, require_same_bundle
+    from probes.prompts import read_prompts
+
+    if Path(prompts).suffix in (".parquet", ".arrow"):
+        text = load_text_table(prompts)
+    else:
+        text = embedded(read_prompts(prompts), run, model, provider)
+    require_same_bundle(run, text)
+    return text
+
+
+def class_embeddings(template: str, run: ImageEmbeddings, model: str | None, provider: str) -> TextEmbeddings:
+    from probes.embeddings import require_same_bundle
+    from probes.prompts import fill_template
+
+    if not run.classes:
+        raise ClipmillError(f"the run at {run.path} has no classes, so there is nothing to decide between")
+    names = [run.class_names[label] for label in run.classes]
+    text = embedded(fill_template(template, names), run, model, provider)
+    require_same_bundle(run, text)
+    return text
+
+
+def embedded(prompts: list[str], run: ImageEmbeddings, model: str | None, provider: str) -> TextEmbeddings:
+    """Prompts embedded by --model, else by the bundle under models/ that has the name of the run's."""
+    from engine.bundle import find_bundle
+    from engine.text import embed_prompts
+    from probes.embeddings import TextEmbeddings
+
+    bundle = find_bundle(model or run.bundle_name)
+    return TextEmbeddings(prompts, embed_prompts(bundle, prompts, provider), bundle.fingerprint)
+
+
+def described(run: ImageEmbeddings) -> dict[str, Any]:
+    return {"run": str(run.path), "dataset": run.dataset, "split": run.split, "bundle": run.bundle}
+
+
+@contextlib.contextmanager
+def mistakes_of(name: str) -> Iterator[None]:
+    """Probes are scikit-learn's kind and raise ValueError for arrays that they cannot use."""
+    try:
+        yield
+    except ValueError as error:
+        raise ClipmillError(f"probe {name}: {error}") from error
+
+
+def report(result: dict[str, Any], output: Path | None, as_json: bool) -> None:
+    from engine.files import write_json
+
+    if output:
+        write_json(output, result)
+    if as_json:
+        click.echo(json.dumps(result, ensure_ascii=False))
+        return
+    for name, value in result.items():
+        if isinstance(value, float):
+            click.echo(f"{name:<13} {value:.4f}")
+        elif isinstance(value, (str, int)):
+            click.echo(f"{name:<13} {value}")
+
+
+# what there is ------------------------------------------------------------------------------------------------------
+
+
+@main.group(invoke_without_command=True)
+@data_dir_option
+@json_option
+@click.pass_context
+def datasets(ctx: click.Context, data_dir: Path | None, as_json: bool) -> None:
+    """List the datasets that `extract` takes, or get one.
+
+    \b
+    Example:
+      python cli.py datasets
+      python cli.py datasets get cifar100
+    """
+    if ctx.invoked_subcommand:
+        return
+    from engine.datasets import dataset_table
+
+    rows = []
+    for info in dataset_table(data_dir):
+        row = vars(info) | {"splits": dict(info.splits), "cached": {True: "yes", False: "no", None: ""}[info.cached]}
+        rows.append(row)
+    columns = ("name", "splits", "classes", "image_size", "cached", "what", "source")
+    table(rows, {name: name.replace("_", " ") for name in columns}, as_json)
+
+
+@datasets.command("get")
+@click.argument("name")
+@data_dir_option
+def get(name: str, data_dir: Path | None) -> None:
+    """Download a named dataset, and check what is there.
+
+    \b
+    Example:
+      python cli.py datasets get cifar100
+    """
+    from engine.datasets import get_dataset
+
+    click.echo(get_dataset(name, data_dir))
+
+
+@main.command()
+@json_option
+def models(as_json: bool) -> None:
+    """List the bundles under models/, and what `export` takes.
+
+    \b
+    Example:
+      python cli.py models
+    """
+    from engine.bundle import MODELS_FOLDER, load_bundle
+
+    rows = []
+    for path in sorted(MODELS_FOLDER.glob("*/bundle.json")):
+        bundle = load_bundle(path.parent, verify=False)
+        rows.append(
+            {
+                "bundle": str(path.parent),
+                "model": bundle.source.model,
+                "weights": "random" if bundle.source.random_weights else "trained",
+                "provider": bundle.target.provider,
+                "precision": bundle.target.precision,
+                "dim": bundle.architecture.embedding_dim,
+                "image_size": bundle.architecture.image_size,
+                "min_cosine": min(bundle.certificate[tower]["min_cosine"] for tower in ("image", "text")),
+            }
+        )
+    table(rows, {name: name for name in rows[0]} if rows else {}, as_json)
+    say(f"{len(rows)} bundle(s) under {MODELS_FOLDER}/; `export --model` takes {EXPORTABLE}")
+
+
+@main.command()
+@json_option
+def prompts(as_json: bool) -> None:
+    """List the built-in prompt sets.
+
+    \b
+    Example:
+      python cli.py prompts
+    """
+    from probes.prompts import prompt_sets, read_prompts
+
+    sets = {name: read_prompts(name) for name in prompt_sets()}
+    rows = [{"set": name, "prompts": len(texts), "first": texts[0]} for name, texts in sets.items()]
+    table(rows, {"set": "set", "prompts": "prompts", "first": "first prompt"}, as_json)
+
+
+# output -------------------------------------------------------------------------------------------------------------
+
+
+def say(message: str) -> None:
+    """Progress and remarks, to stderr."""
+    click.echo(message, err=True)
+
+
+def emit(result: Mapping[str, Any], as_json: bool, main_field: str) -> None:
+    """Data, to stdout: the whole object, or the one field that a script would want."""
+    click.echo(json.dumps(result, ensure_ascii=False) if as_json else result[main_field])
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(list(rows), ensure_ascii=False))
+        return
+    cells = [list(columns.values())] + [[cell(row[name]) for name in columns] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(columns))]
+    for line in cells if rows else []:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {count}" if count else name for name, count in value.items())
+    return str(value)
+
+
+@contextlib.contextmanager
+def progress_bar(length: int, label: str) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr where that is a terminal, else nothing."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with click.progressbar(length=length, label=label, file=sys.stderr, show_pos=True) as bar:
+        yield bar.update
+
+
+def local_path(output: str) -> Path:
+    if "://" in output:
+        raise ClipmillError(f"--output {output}: only local folders can be written so far")
+    return Path(output).expanduser()
+
+
+if __name__ == "__main__":
+    main()

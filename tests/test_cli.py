@@ -1,0 +1,324 @@
+"""The command line: what each command prints and leaves, and what a mistake says and exits with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import cli
+from engine.bundle import Bundle
+
+ROOT = Path(cli.__file__).parent
+HEAVY = {
+    "numpy", "pyarrow", "onnxruntime", "onnx", "numba", "sklearn", "scipy", "PIL", "tokenizers",
+    "torch", "torchvision", "transformers", "optimum", "inflect",
+}  # fmt: skip
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mini: Bundle) -> Path:
+    """An empty current directory with the embedded model under models/mini."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mini").symlink_to(mini.path)
+    return tmp_path
+
+
+def run(*arguments: str, stdin: str | None = None) -> Result:
+    """A command in this process; a traceback is a failure of the test, an error line is not."""
+    result = CliRunner().invoke(cli.main, arguments, input=stdin)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def error_of(*arguments: str, code: int = 1) -> str:
+    """The one error line of a command that must fail, with nothing on stdout."""
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, result.stderr
+    assert result.stderr.splitlines()[-1] == lines[0]
+    return lines[0]
+
+
+def commands() -> Iterator[tuple[str, click.Command]]:
+    for name, command in cli.main.commands.items():
+        yield name, command
+        if isinstance(command, click.Group):
+            for child, sub_command in command.commands.items():
+                yield f"{name} {child}", sub_command
+
+
+@pytest.mark.parametrize(("name", "command"), [pytest.param(*item, id=item[0]) for item in commands()])
+def test_every_command_has_help_and_an_example_that_parses(name: str, command: click.Command) -> None:
+    result = run(*name.split(), "--help")
+    assert result.exit_code == 0
+    assert command.get_short_help_str()
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert option.help or isinstance(option.type, click.Choice), f"{name} {option.name} has no help"
+    examples = re.findall(r"python cli\.py (.+)", command.help or "")
+    assert examples
+    for example in examples:
+        words = shlex.split(example)
+        group: click.Command = cli.main
+        while isinstance(group, click.Group) and words:
+            group = group.commands[words.pop(0)]
+        group.make_context("example", words)  # raises for an option or a value that does not exist
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["extract", "--help"], ["probe", "zero-shot", "--help"], ["--version"]]
+)
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys, cli\n"
+        f"try: cli.main({arguments})\n"
+        "except SystemExit: pass\n"
+        "print('LOADED', *{name.split('.')[0] for name in sys.modules})"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
+    ).stdout
+    loaded = set(output.rpartition("LOADED")[2].split())
+    assert "click" in loaded
+    assert not loaded & HEAVY
+
+
+def test_the_main_job_by_hand(workdir: Path) -> None:
+    """export's bundle, extract, embed-text, the four probes, in the order of the README."""
+    for split in ("train", "test"):
+        result = run("extract", "--dataset", "digits", "--split", split, "--model", "mini", "--limit", "300")
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"runs/digits-{split}-mini\n"
+        assert "300 embeddings, 0 rejects" in result.stderr
+    result = run("embed-text", "--prompts", "generic-32", "--model", "mini")
+    assert result.stdout == "runs/text-generic-32-mini.parquet\n"
+    assert pq.read_table(result.stdout.strip()).num_rows == 32
+
+    runs = ["--train", "runs/digits-train-mini", "--test", "runs/digits-test-mini"]
+    zero_shot = json.loads(run("probe", "zero-shot", *runs[2:], "--json").stdout)
+    assert zero_shot["accuracy"] > 0.9
+    assert zero_shot["prompts"][3] == "a photo of a digit 3"
+    baseline = json.loads(run("probe", "baseline", *runs, "--json").stdout)
+    assert baseline["accuracy"] > 0.9
+    table = run("probe", "class-agnostic", *runs, "--prompts", "runs/text-generic-32-mini.parquet", "--json")
+    embedded = run("probe", "class-agnostic", *runs, "--output", "result.json", "--json")
+    assert json.loads(table.stdout)["accuracy"] == json.loads(embedded.stdout)["accuracy"] > 0.9
+    assert json.loads(embedded.stdout) == json.loads(Path("result.json").read_text())
+    cluster = run("probe", "cluster", *runs[2:])
+    assert re.search(r"^purity +0\.\d{4}$", cluster.stdout, re.MULTILINE)
+
+
+def test_extract_json_is_the_manifest(workdir: Path) -> None:
+    result = run("extract", "--dataset", "cifar10-sample", "--model", "mini", "--limit", "40", "--json")
+    manifest = json.loads(result.stdout)
+    stored = json.loads(Path(manifest["run"], "manifest.json").read_text())
+    assert manifest == {"run": "runs/cifar10-sample-test-mini", **stored}
+    assert stored["status"] == "complete"
+    assert stored["written"] == 40
+
+
+def test_a_second_extract_leaves_a_complete_run_alone(workdir: Path) -> None:
+    command = ["extract", "--dataset", "digits", "--model", "mini", "--limit", "20"]
+    run(*command)
+    before = {path: path.stat().st_mtime_ns for path in Path("runs/digits-test-mini").iterdir()}
+    again = run(*command)
+    assert again.exit_code == 0
+    assert "complete already" in again.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in Path("runs/digits-test-mini").iterdir()}
+    assert "another dtype" in error_of(*command, "--dtype", "float16")
+    assert run(*command, "--dtype", "float16", "--overwrite").exit_code == 0
+
+
+def test_bad_images_are_rejects_and_the_run_exits_0(workdir: Path) -> None:
+    photos = workdir / "photos" / "cats"
+    photos.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(photos / "good.jpg")
+    (photos / "cut.jpg").write_bytes((photos / "good.jpg").read_bytes()[:900])
+    (photos / "note.jpg").write_text("not an image")
+    (photos / "notes.txt").write_text("passed over")
+    command = ["extract", "--dataset", "folder:photos", "--model", "mini"]
+    stops = error_of(*command, "--on-error", "fail", "--output", "runs/strict")
+    assert "cats/cut.jpg" in stops
+    assert "truncated" in stops
+    assert "--on-error" in stops
+    result = run(*command)
+    assert result.exit_code == 0
+    assert "1 embeddings, 2 rejects" in result.stderr
+    assert "passed over: 1" in result.stderr
+    rejects = pq.read_table("runs/folder-photos-all-mini/rejects.parquet").to_pylist()
+    assert [(reject["row"], reject["key"], reject["error"]) for reject in rejects] == [
+        (0, "cats/cut.jpg", "truncated"),
+        (2, "cats/note.jpg", "not-an-image"),
+    ]
+
+
+def test_mistakes_are_one_line_that_says_what_and_which_flag(workdir: Path) -> None:
+    assert "python cli.py export" in (missing := error_of("extract", "--dataset", "digits"))
+    assert "models/clip-vit-base-patch32" in missing
+    assert "--model" in missing
+    unknown = error_of("extract", "--dataset", "cifar10-simple", "--model", "mini")
+    assert 'did you mean "cifar10-sample"' in unknown
+    assert "--dataset" in unknown
+    (workdir / "empty").mkdir()
+    assert "no images in" in error_of("extract", "--dataset", "folder:empty", "--model", "mini")
+    assert "--split" in error_of("extract", "--dataset", "digits", "--split", "val", "--model", "mini")
+    assert "--limit" in error_of("extract", "--dataset", "digits", "--limit", "0", "--model", "mini")
+    assert "--output" in error_of("extract", "--dataset", "digits", "--model", "mini", "--output", "s3://bucket/run")
+    assert "extract" in error_of("probe", "cluster", "--test", "runs/none")
+    assert not (workdir / "runs").exists()
+
+
+def test_a_provider_that_is_not_there_is_refused_and_nothing_is_written(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    line = error_of("extract", "--dataset", "digits", "--model", "mini", "--provider", "cuda")
+    assert "no CUDA provider" in line
+    assert "onnxruntime-gpu" in line
+    assert not (workdir / "runs").exists()
+    assert run("extract", "--dataset", "digits", "--provider", "rocm").exit_code == 2
+
+
+def test_prompts_that_cannot_be_embedded(workdir: Path) -> None:
+    Path("blank.txt").write_text("\n  \n\n")
+    assert "blank.txt holds no prompt" in error_of("embed-text", "--prompts", "blank.txt", "--model", "mini")
+    long = "a photo of " + "a very " * 40 + "long prompt"
+    Path("long.txt").write_text(f"a cat\n{long}\n")
+    line = error_of("embed-text", "--prompts", "long.txt", "--model", "mini")
+    assert "the model reads 32" in line
+    assert long[:60] in line
+    assert "neither a built-in prompt set" in error_of("embed-text", "--prompts", "generic-33", "--model", "mini")
+    assert "--template" in error_of("embed-text", "--prompts", "generic-32", "--template", "a photo", "--model", "mini")
+    assert not (workdir / "runs").exists()
+
+
+def test_prompts_from_a_file_with_blank_lines_and_from_stdin(workdir: Path) -> None:
+    Path("names.txt").write_text("airplane\n\n  dog  \n\n")
+    run(
+        "embed-text",
+        "--prompts",
+        "names.txt",
+        "--template",
+        "a photo of {a}",
+        "--model",
+        "mini",
+        "--output",
+        "a.parquet",
+    )
+    assert pq.read_table("a.parquet")["prompt"].to_pylist() == ["a photo of an airplane", "a photo of a dog"]
+    run("embed-text", "--prompts", "-", "--model", "mini", "--output", "b.parquet", stdin="a photo of a dog\n")
+    both = [pq.read_table(name)["embedding"].to_pylist()[-1] for name in ("a.parquet", "b.parquet")]
+    np.testing.assert_allclose(*both, atol=1e-6)
+
+
+def test_tables_of_different_bundles_are_refused(workdir: Path) -> None:
+    run("extract", "--dataset", "digits", "--model", "mini", "--limit", "20")
+    run("embed-text", "--prompts", "generic-32", "--model", "mini", "--output", "text.parquet")
+    table = pq.read_table("text.parquet")
+    metadata = table.schema.metadata | {b"bundle": b"0" * 64}
+    pq.write_table(table.replace_schema_metadata(metadata), "other.parquet")
+    runs = ["--train", "runs/digits-test-mini", "--test", "runs/digits-test-mini"]
+    line = error_of("probe", "class-agnostic", *runs, "--prompts", "other.parquet")
+    assert "different bundles" in line
+    assert "--model" in line
+    assert "one prompt a class" in error_of("probe", "zero-shot", *runs[2:], "--prompts", "text.parquet")
+
+
+def test_runs_of_different_datasets_are_refused(workdir: Path) -> None:
+    for dataset in ("digits", "cifar10-sample"):
+        run("extract", "--dataset", dataset, "--model", "mini", "--limit", "20")
+    runs = ["--train", "runs/digits-test-mini", "--test", "runs/cifar10-sample-test-mini"]
+    assert "different classes" in error_of("probe", "baseline", *runs)
+
+
+def test_what_a_probe_cannot_use_is_one_line(workdir: Path) -> None:
+    (workdir / "flat").mkdir()
+    Image.new("RGB", (40, 40)).save("flat/a.png")
+    run("extract", "--dataset", "folder:flat", "--model", "mini")
+    run("extract", "--dataset", "digits", "--model", "mini", "--limit", "3")
+    assert "without a label" in error_of("probe", "cluster", "--test", "runs/folder-flat-all-mini")
+    assert "no classes" in error_of("probe", "zero-shot", "--test", "runs/folder-flat-all-mini")
+    assert "clusters" in error_of("probe", "cluster", "--test", "runs/digits-test-mini", "--clusters", "4")
+
+
+def test_what_there_is(workdir: Path) -> None:
+    datasets = {row["name"]: row for row in json.loads(run("datasets", "--json").stdout)}
+    assert datasets["cifar10-sample"]["splits"] == {"train": 4000, "test": 1000}
+    assert datasets["cifar10-sample"]["cached"] == "yes"
+    assert {"digits", "cifar100", "folder:PATH"} <= set(datasets)
+    assert error_of("datasets", "get", "digits").startswith("Error: digits comes with the project")
+    assert "generic-32" in run("prompts").stdout
+    (row,) = json.loads(run("models", "--json").stdout)
+    assert row["bundle"] == "models/mini"
+    assert row["weights"] == "trained"
+    assert row["min_cosine"] > 0.9999
+
+
+def test_a_checkpoint_that_is_not_clip_is_refused_and_nothing_is_written(workdir: Path) -> None:
+    (workdir / "bert").mkdir()
+    Path("bert/config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    line = error_of("export", "--model", "./bert")
+    assert "bert checkpoint" in line
+    assert "--model" in line
+    assert [path.name for path in Path("models").iterdir()] == ["mini"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind")
+def test_a_terminal_gets_a_progress_bar(workdir: Path) -> None:
+    import pty
+
+    reader, writer = pty.openpty()
+    command = [sys.executable, str(ROOT / "cli.py"), "extract", "--dataset", "digits", "--model", "mini"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=writer, text=True, check=True)
+    os.close(writer)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a pseudo-terminal says that its other end is closed
+        while chunk := os.read(reader, 4096):
+            shown += chunk
+    os.close(reader)
+    assert "500/500" in shown.decode()
+    assert done.stdout == "runs/digits-test-mini\n"
+
+
+def test_export_without_its_extra_says_what_to_install(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for name in [name for name in sys.modules if name.startswith("export.")]:
+        monkeypatch.delitem(sys.modules, name)
+    line = error_of("export", "--model", "mini")
+    assert "pip install -e '.[export]'" in line
+
+
+def test_the_choices_of_the_command_line_are_the_engines() -> None:
+    from engine.bundle import DEFAULT_MODEL
+    from engine.session import PROVIDERS
+    from engine.shards import DTYPES, FORMATS
+    from engine.stream import SHARD_SIZE
+
+    options = {option.name: option for option in cli.extract.params}
+    for name, choices in {"provider": PROVIDERS, "format": FORMATS, "dtype": tuple(DTYPES)}.items():
+        kind = options[name].type
+        assert isinstance(kind, click.Choice)
+        assert tuple(kind.choices) == choices
+    assert options["shard_size"].default == SHARD_SIZE
+    assert next(option for option in cli.export_command.params if option.name == "model").default == DEFAULT_MODEL
