@@ -19,9 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-ErrorClass = Literal["unreadable", "empty", "not-an-image", "truncated", "too-large", "bad-size"]
+ErrorClass = Literal[
+    "unreadable", "empty", "not-an-image", "truncated", "too-large", "bad-size",
+    "corrupt-member", "bad-label", "missing-label",  # found by the source, not by decode()
+]  # fmt: skip
 
-MAX_PIXELS = 89_478_485  # where Pillow's own decompression bomb guard begins to warn: 256 MiB of RGB
+MAX_PIXELS = 89_478_485  # unless asked otherwise: where Pillow's own guard begins to warn, 256 MiB of RGB
 
 # Only formats with a signature are tried: a guess at a weak header would make garbage "truncated" instead of
 # "not-an-image". EPS is out for good: Pillow hands it to Ghostscript, a program, and our input may be hostile.
@@ -39,10 +42,11 @@ FORMATS = {
 }
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
-# What Pillow warns of is either a reject here (a decompression bomb) or does not touch the pixels (damaged metadata, a
-# line for every tag). A filter for good, and not around the call: warnings.catch_warnings swaps process-wide state, and
-# decode() runs in many threads.
+# What Pillow warns of does not touch the pixels (damaged metadata, a line for every tag). A filter for good, and not
+# around the call: warnings.catch_warnings swaps process-wide state, and decode() runs in many threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+# Its guard against decompression bombs has one limit for the process; ours is decode()'s own, at the same place.
+Image.MAX_IMAGE_PIXELS = None
 
 
 class BadImage(Exception):
@@ -57,18 +61,25 @@ class BadImage(Exception):
         return f"{self.error_class}: {self.message}"
 
 
-def decode(image: bytes | Path | NDArray[np.uint8], resize: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+def decode(
+    image: bytes | Path | NDArray[np.uint8] | BadImage,
+    resize: tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> NDArray[np.uint8]:
     """Pixels of one image, (H, W, 3) uint8, C-contiguous and perhaps read-only.
 
-    `image` is an encoded file's bytes, the path of one, or pixels (H, W, 3) uint8. With `resize`, (shortest edge, crop)
-    in pixels, the shortest edge is resized to the first by PIL's bicubic, the long edge to int(first * long / short),
-    and the centre is cropped to (crop, crop, 3), padded with black where the crop is larger: byte for byte as
-    CLIPImageProcessor does it.
+    `image` is an encoded file's bytes, the path of one, pixels (H, W, 3) uint8, or what its source found wrong. With
+    `resize`, (shortest edge, crop) in pixels, the shortest edge is resized to the first by PIL's bicubic, the long edge
+    to int(first * long / short), and the centre is cropped to (crop, crop, 3), padded with black where the crop is
+    larger: byte for byte as CLIPImageProcessor does it.
 
-    Raises BadImage: `unreadable` (the file cannot be opened or read), `empty` (no bytes), `not-an-image` (no format
-    of FORMATS claims it: no signature, or no sound header after it), `truncated` (the decoder gave up), `too-large`
-    (more than MAX_PIXELS by the header, before decoding), `bad-size` (so long and thin that resizing makes it so).
+    Raises BadImage, or the image where it is one already: `unreadable` (the file cannot be opened or read), `empty` (no
+    bytes), `not-an-image` (no format of FORMATS claims it: no signature, or no sound header after it), `truncated` (the
+    decoder gave up), `too-large` (more than `max_pixels` by the header, before decoding), `bad-size` (so long and thin
+    that resizing makes it so).
     """
+    if isinstance(image, BadImage):
+        raise image
     if isinstance(image, np.ndarray):
         assert image.dtype == np.uint8
         assert image.ndim == 3
@@ -78,8 +89,8 @@ def decode(image: bytes | Path | NDArray[np.uint8], resize: tuple[int, int] | No
         picture = Image.fromarray(image)
     else:
         with _open_file(image) as file:
-            picture = _read_rgb(file)
-    return np.asarray(picture if resize is None else _resize_and_crop(picture, *resize))
+            picture = _read_rgb(file, max_pixels)
+    return np.asarray(picture if resize is None else _resize_and_crop(picture, *resize, max_pixels))
 
 
 def _open_file(image: bytes | Path) -> BinaryIO:
@@ -100,32 +111,30 @@ def _open_file(image: bytes | Path) -> BinaryIO:
         raise BadImage("unreadable", _one_line(error) if error.errno is None else os.strerror(error.errno)) from error
 
 
-def _read_rgb(file: BinaryIO) -> Image.Image:
+def _read_rgb(file: BinaryIO, max_pixels: int) -> Image.Image:
     Image.init()
     try:
         picture: Image.Image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
         pixels = picture.width * picture.height
-        if pixels <= MAX_PIXELS:
+        if pixels <= max_pixels:
             picture.load()
             return picture if picture.mode == "RGB" else picture.convert("RGB")
     except UnidentifiedImageError as error:
         raise BadImage("not-an-image", "no known image format, or its header is damaged") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage("too-large", f"more than {MAX_PIXELS:,} pixels") from error
     # Pillow's decoders meet hostile bytes with nearly any exception: OSError, SyntaxError, ValueError, struct.error,
     # EOFError, IndexError, KeyError, zlib.error, MemoryError... Whatever it is, this image is bad and the run goes on.
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise BadImage("unreadable", os.strerror(error.errno)) from error
         raise BadImage("truncated", _one_line(error)) from error
-    raise BadImage("too-large", f"{picture.width} x {picture.height} is more than {MAX_PIXELS:,} pixels")
+    raise BadImage("too-large", f"{picture.width} x {picture.height} is more than {max_pixels:,} pixels")
 
 
-def _resize_and_crop(picture: Image.Image, shortest_edge: int, crop: int) -> Image.Image:
+def _resize_and_crop(picture: Image.Image, shortest_edge: int, crop: int, max_pixels: int) -> Image.Image:
     width, height = picture.size
     long_edge = int(shortest_edge * max(width, height) / min(width, height))
-    if shortest_edge * long_edge > MAX_PIXELS:
-        raise BadImage("bad-size", f"{width} x {height} would be resized to more than {MAX_PIXELS:,} pixels")
+    if shortest_edge * long_edge > max_pixels:
+        raise BadImage("bad-size", f"{width} x {height} would be resized to more than {max_pixels:,} pixels")
     size = (shortest_edge, long_edge) if width <= height else (long_edge, shortest_edge)
     picture = picture.resize(size, Image.Resampling.BICUBIC)
     left, top = ((edge - crop) // 2 for edge in picture.size)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from engine.datasets import Dataset, Sample, cifar10_sample, dataset_table, open_dataset
+from engine.datasets import Dataset, Sample, cifar10_sample, dataset_table, get_dataset, open_dataset
 from engine.decode import decode
 from engine.errors import ClipmillError
 
@@ -136,6 +136,7 @@ def test_limit_takes_the_first_rows() -> None:
     dataset = open_dataset("digits", "all", limit=1300)
     assert dataset.rows == len(list(dataset.samples(0, 10_000))) == 1300
     assert [sample.split for sample in dataset.samples(1295, 1299)] == ["train", "train", "test", "test"]
+    assert dataset.labels().tolist() == [sample.label for sample in rows_of(dataset)]
     assert open_dataset("digits", limit=10_000).rows == 500
 
 
@@ -162,12 +163,44 @@ def test_wrong_usage(name: str, split: str | None, limit: int | None, words: lis
 
 def test_table_says_what_opening_finds() -> None:
     table = {info.name: info for info in dataset_table()}
-    assert list(table) == ["cifar10-sample", "digits", "cifar10", "cifar100", "folder:PATH"]
+    assert [name for name in table if ":" not in name] == [
+        "cifar10-sample", "digits", "cifar10", "cifar100", "mnist", "food101", "tiny-imagenet",
+    ]  # fmt: skip
+    assert table["digits"].cached is True
+    assert table["folder:PATH"].cached is None
     digits = table["digits"]
     for split, rows in digits.splits.items():
         dataset = open_dataset("digits", split)
         assert (dataset.rows, len(dataset.class_names)) == (rows, digits.classes)
         assert dataset.image_size == digits.image_size
+
+
+def test_table_tells_what_is_cached_without_reading_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cached() -> set[str]:
+        return {info.name for info in dataset_table(tmp_path) if info.cached} - {"cifar10-sample", "digits"}
+
+    assert cached() == set()
+    (tmp_path / "cifar-100-python").mkdir()
+    (tmp_path / "food-101.tar.gz").touch()
+    assert cached() == {"cifar100", "food101"}
+    monkeypatch.setenv("CLIPMILL_DATA_DIR", str(tmp_path))
+    assert {info.name for info in dataset_table() if info.cached} >= {"cifar100", "food101"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("digits", "digits comes with the project"),
+        ("folder:birds", "your own data"),
+        ("cifar1", 'did you mean "cifar10"?'),
+    ],
+)
+def test_what_there_is_nothing_to_get_of(name: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ClipmillError) as caught:
+        get_dataset(name, tmp_path)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_generic_path_loads_no_training_framework(tmp_path: Path) -> None:

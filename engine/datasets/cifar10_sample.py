@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -50,6 +51,7 @@ def load(split: str) -> Dataset:
         image_size=INFO.image_size,
         identity={"sha256": sha256},
         samples=partial(_samples, path, split),
+        labels=lambda: pq.read_table(path, columns=["label"]).column("label").to_numpy().astype(np.int64),
     )
 
 

@@ -42,6 +42,7 @@ def load(split: str) -> Dataset:
         image_size=INFO.image_size,
         identity={"sha256": hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()},
         samples=partial(_samples, pixels, labels, split),
+        labels=lambda: labels.astype(np.int64),
     )
 
 

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from engine.datasets.types import Dataset, DatasetInfo, Sample
 from engine.decode import IMAGE_SUFFIXES
 from engine.errors import ClipmillError
@@ -64,6 +66,7 @@ def load(path: str) -> Dataset:
         image_size=None,
         identity={"images": len(images), "sha256": digest.hexdigest()},
         samples=partial(_samples, root, images, labels),
+        labels=lambda: np.array([_label(relative, labels) for relative in images], dtype=np.int64),
         notes=notes,
     )
 
@@ -84,10 +87,13 @@ def key_of(relative: str) -> str:
 def _samples(root: Path, images: list[str], labels: Mapping[str, int], start: int, stop: int) -> Iterator[Sample]:
     for row in range(start, min(stop, len(images))):
         relative = images[row]
-        name, slash, _ = relative.partition("/")
-        yield Sample(
-            row=row, key=key_of(relative), split="all", label=labels[name] if slash else None, image=root / relative
-        )
+        label = _label(relative, labels)
+        yield Sample(row, key_of(relative), "all", None if label < 0 else label, root / relative)
+
+
+def _label(relative: str, labels: Mapping[str, int]) -> int:
+    name, slash, _ = relative.partition("/")
+    return labels[name] if slash else -1
 
 
 def _root(path: str) -> Path:

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.decode import BadImage
+
 
 @dataclass(frozen=True)
 class Sample:
     """One row of a dataset; what `image` holds, engine.decode.decode turns into pixels."""
 
-    row: int  # position in the opened split, from 0
+    row: int  # position in the split as the source has it, from 0; a subset leaves gaps
     key: str  # stable, unique in the source, valid UTF-8
     split: str
     label: int | None  # index into class_names; None when unknown
-    image: bytes | Path | NDArray[np.uint8]  # an encoded file's bytes, a file still to read, or pixels (H, W, 3)
+    # an encoded file's bytes, a file still to read, pixels (H, W, 3), or what the source itself found wrong
+    image: bytes | Path | NDArray[np.uint8] | BadImage
+    more_labels: Mapping[str, int | None] = field(default_factory=dict)  # one for each of Dataset.label_columns
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """An opened split. `samples(start, stop)` streams the rows start <= row < stop in order, as a slice would."""
+    """An opened split, or a subset of one.
+
+    `samples(start, stop)` streams the samples start, ..., stop - 1 in order, as a slice would; `labels()` gives the
+    label of every one, (rows,) int64 with -1 for unknown, without decoding an image.
+    """
 
     name: str  # as the user gave it: "cifar10-sample", "folder:birds"
     slug: str  # safe in a file name: "cifar10-sample", "folder-birds"
@@ -34,6 +42,10 @@ class Dataset:
     image_size: tuple[int, int] | None  # (H, W) when every image has it, else None
     identity: Mapping[str, Any]  # JSON-able: what a run's fingerprint says of the data
     samples: Callable[[int, int], Iterator[Sample]]
+    labels: Callable[[], NDArray[np.int64]]
+    label_columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # further labels and their class names
+    classes: tuple[int, ...] | None = None  # the labels that a subset was cut down to
+    subset: Mapping[str, Any] = field(default_factory=dict)  # how it was chosen, by flag; JSON-able
     notes: tuple[str, ...] = ()  # one line each: what the source holds but the rows do not
 
 
