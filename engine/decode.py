@@ -8,6 +8,7 @@ EXIF orientation is not applied, because the reference does not apply it.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import stat
@@ -45,6 +46,8 @@ IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in
 # What Pillow warns of does not touch the pixels (damaged metadata, a line for every tag). A filter for good, and not
 # around the call: warnings.catch_warnings swaps process-wide state, and decode() runs in many threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+# And what it logs, of TIFF tags above all: logging prints to stderr for a library that has no handler.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 # Its guard against decompression bombs has one limit for the process; ours is decode()'s own, at the same place.
 Image.MAX_IMAGE_PIXELS = None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 CGROUP_V2_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 CGROUP_V1_QUOTA = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
 CGROUP_V1_PERIOD = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
+PROCESS_STATUS = Path("/proc/self/status")
 
 
 def usable_cpus() -> int:
@@ -35,6 +36,9 @@ def _cgroup_quota() -> float | None:
 
 def peak_rss() -> int | None:
     """Bytes of memory that this process has held at most; None where the system does not tell (Windows)."""
+    if PROCESS_STATUS.exists():  # on Linux getrusage also counts what the parent held before this program began
+        high_water = next(line for line in PROCESS_STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(high_water.split()[1]) * 1024
     try:
         import resource
     except ImportError:

@@ -33,6 +33,7 @@ from engine.stages import StageClock, prefetch
 SHARD_SIZE = 10_000  # rows: 20 MB of 512 float32 each
 BATCH_SIZE = {"cpu": 32, "cuda": 256}
 QUEUE_DEPTH = 2  # batches between two stages
+NO_PIXELS = np.empty((0, 0, 0, 3), dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,8 @@ def _decode_batch(batch: Batch, resize: tuple[int, int] | None, max_pixels: int)
             batch.pixels[position] = pixels
         except BadImage as error:
             batch.bad[position] = error
+    # their bytes are done with; a shard of them may be gigabytes
+    batch.samples = tuple(replace(sample, image=b"") for sample in batch.samples)
     batch.decode_seconds = time.perf_counter() - start
     return batch
 
@@ -203,6 +206,7 @@ def _embed(batches: Iterable[Batch], tower: Tower, preprocessing: Preprocessing,
     for batch in batches:
         with clock.measure("run"):
             batch.embeddings = tower.run(image_feeds(batch.pixels, preprocessing))
+        batch.pixels = NO_PIXELS
         yield batch
 
 
@@ -228,8 +232,7 @@ def _write(
                 raise ClipmillError(f"row {sample.row}, {sample.key}, is {error}; --on-error reject goes on without it")
             rejects.append(Reject(sample.row, sample.key, error.error_class, error.message))
         kept = [position for position in range(len(batch.samples)) if position not in batch.bad]
-        # without the images, which are done with: those of a whole shard may be gigabytes
-        good.extend(replace(batch.samples[position], image=b"") for position in kept)
+        good.extend(batch.samples[position] for position in kept)
         embeddings.append(batch.embeddings[kept])
         rows += len(batch.samples)
         advanced(len(batch.samples))

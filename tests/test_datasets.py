@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sources import SOURCES
 
 from engine.datasets import Dataset, Sample, cifar10_sample, dataset_table, get_dataset, open_dataset
 from engine.decode import decode
@@ -204,19 +206,25 @@ def test_what_there_is_nothing_to_get_of(name: str, words: str, tmp_path: Path) 
 
 
 def test_generic_path_loads_no_training_framework(tmp_path: Path) -> None:
-    (tmp_path / "cats").mkdir()
-    (tmp_path / "cats" / "a.ppm").write_bytes(b"P6 1 1 255 abc")
+    sources = []
+    for scheme, (make, *_) in SOURCES.items():
+        (tmp_path / scheme).mkdir()
+        sources.append(make(tmp_path / scheme))
     code = """
 import sys
 from engine.datasets import open_dataset
 from engine.decode import decode
-for name in ("digits", "cifar10-sample", f"folder:{sys.argv[1]}"):
+for name in ("digits", "cifar10-sample", *sys.argv[1:]):
     for sample in open_dataset(name).samples(0, 3):
         decode(sample.image, (32, 32))
-print(*sorted({"torch", "torchvision", "transformers", "onnxruntime"} & set(sys.modules)))
+print(*sorted({"torch", "torchvision", "transformers", "onnxruntime", "webdataset"} & set(sys.modules)))
 """
-    project = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=project
+        [sys.executable, "-c", code, *sources],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
     )
     assert done.stdout.strip() == ""

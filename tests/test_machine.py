@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine import machine
@@ -82,6 +84,7 @@ def test_peak_memory_is_in_bytes() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="starts from Linux's KiB")
 def test_macos_counts_bytes_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PROCESS_STATUS", Path("/nowhere"))
     peak = peak_rss()
     monkeypatch.setattr(machine.sys, "platform", "darwin")
     assert peak is not None
@@ -89,5 +92,14 @@ def test_macos_counts_bytes_already(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PROCESS_STATUS", Path("/nowhere"))
     monkeypatch.setitem(sys.modules, "resource", None)
     assert peak_rss() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts the parent")
+def test_peak_memory_is_not_the_parents() -> None:
+    ballast = np.ones(300 << 17)  # 300 MiB
+    program = "from engine.machine import peak_rss; print(peak_rss())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < ballast.nbytes

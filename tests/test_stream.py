@@ -192,10 +192,10 @@ def test_bad_images_are_rejected_one_by_one(batch_size: int, mini: Bundle, mixed
     dataset = open_dataset(f"folder:{mixed_folder}")
     manifest = extract(mini, dataset, tmp_path / "run", settings(batch_size=batch_size, shard_size=3))
     _, table = read_run(tmp_path / "run")
-    good = ["cat/0.png", "cat/2.jpg", "dog/5.png", "dog/6.png", "top.png"]
+    good = ["cat/0.png", "cat/2.jpg", "dog/5.png", "dog/6.png"]
     assert table["key"].to_pylist() == good
-    assert table["row"].to_pylist() == [0, 2, 5, 6, 7]
-    assert table["label"].to_pylist() == [0, 0, 1, 1, None]
+    assert table["row"].to_pylist() == [0, 2, 5, 6]
+    assert table["label"].to_pylist() == [0, 0, 1, 1]
     decoded = [decode(mixed_folder / key, (32, 32)) for key in good]
     np.testing.assert_array_equal(embeddings_of(table), one_by_one(mini, decoded))
 
@@ -210,9 +210,10 @@ def test_bad_images_are_rejected_one_by_one(batch_size: int, mini: Bundle, mixed
             "message": "no known image format, or its header is damaged",
         },
         {"row": 4, "key": "dog/4.jpg", "error": "empty", "message": "zero bytes"},
+        {"row": 7, "key": "top.png", "error": "missing-label", "message": "has no label, though others have one"},
     ]
-    assert (manifest["written"], manifest["rejected"], manifest["plan"]["rows"]) == (5, 3, 8)
-    assert [(shard["rows"], shard["rejects"]) for shard in manifest["shards"]] == [(2, 1), (1, 2), (2, 0)]
+    assert (manifest["written"], manifest["rejected"], manifest["plan"]["rows"]) == (4, 4, 8)
+    assert [(shard["rows"], shard["rejects"]) for shard in manifest["shards"]] == [(2, 1), (1, 2), (1, 1)]
 
 
 def test_an_image_unlike_the_rest_of_its_dataset_is_rejected(mini: Bundle, tmp_path: Path) -> None:

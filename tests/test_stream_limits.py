@@ -68,10 +68,10 @@ def fail_in_dataset(patch: pytest.MonkeyPatch, dataset: Dataset, error: BaseExce
 def fail_in_decode(patch: pytest.MonkeyPatch, dataset: Dataset, error: BaseException) -> Dataset:
     (target,) = list(dataset.samples(25, 26))
 
-    def fail(image: NDArray[np.uint8], resize: Any) -> NDArray[np.uint8]:
+    def fail(image: NDArray[np.uint8], *limits: Any) -> NDArray[np.uint8]:
         if np.array_equal(image, target.image):
             raise error
-        return decode(image, resize)
+        return decode(image, *limits)
 
     patch.setattr(stream, "decode", fail)
     return dataset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,18 @@ def test_a_number_of_classes_is_drawn_by_its_seed() -> None:
 
 def test_a_class_that_is_called_a_number_is_a_name() -> None:
     assert take(numbered([0, 3, 3]), Subset(classes="7")).classes == (3,)
+
+
+def test_rows_that_no_class_has_are_not_dropped_in_silence() -> None:
+    assert take(numbered([0, 1, -1, -1]), Subset(classes="bee")).notes == (
+        "passed over: 2 image(s) without a label, so in none of the --classes",
+    )
+
+
+def test_a_name_with_a_comma_is_asked_for_alone() -> None:
+    whole = replace(numbered([0, 1, 2]), class_names=("ant", "bee, honey", "bee"))
+    assert take(whole, Subset(classes="bee, honey")).classes == (1,)
+    assert take(whole, Subset(classes="bee, ant")).classes == (0, 2)
 
 
 def test_a_sample_is_stratified() -> None:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.datasets.sources import UNKNOWN, label_or_problem
 from engine.datasets.types import Dataset, DatasetInfo, Sample
-from engine.decode import IMAGE_SUFFIXES
+from engine.decode import IMAGE_SUFFIXES, BadImage
 from engine.errors import ClipmillError
 
 INFO = DatasetInfo(
@@ -39,7 +40,8 @@ LOOP = "link(s) back to a folder above"
 def load(path: str) -> Dataset:
     """Open the folder `path` ("~" stands for the home folder) as the one split "all".
 
-    Images directly in the folder have no label; the class names are the subfolders that hold images, sorted.
+    The class names are the subfolders that hold images, sorted. An image directly in the folder has no label, which
+    makes it a reject where there are classes.
     Raises ClipmillError when the path is no readable folder or when there is no image in it.
     """
     root = _root(path)
@@ -87,13 +89,16 @@ def key_of(relative: str) -> str:
 def _samples(root: Path, images: list[str], labels: Mapping[str, int], start: int, stop: int) -> Iterator[Sample]:
     for row in range(start, min(stop, len(images))):
         relative = images[row]
-        label = _label(relative, labels)
-        yield Sample(row, key_of(relative), "all", None if label < 0 else label, root / relative)
+        label = label_or_problem(_label(relative, labels), len(labels), bool(labels))
+        if isinstance(label, BadImage):
+            yield Sample(row, key_of(relative), "all", None, label)
+        else:
+            yield Sample(row, key_of(relative), "all", label, root / relative)
 
 
 def _label(relative: str, labels: Mapping[str, int]) -> int:
     name, slash, _ = relative.partition("/")
-    return labels[name] if slash else -1
+    return labels[name] if slash else UNKNOWN
 
 
 def _root(path: str) -> Path:

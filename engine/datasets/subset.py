@@ -42,11 +42,15 @@ def take(dataset: Dataset, subset: Subset) -> Dataset:
             raise ClipmillError(f"{flag} {number}: the number of rows to take must be at least 1")
     rows = np.arange(dataset.rows)
     chosen: dict[str, Any] = {}
-    classes = None
+    classes: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
     if subset.classes is not None:
         classes = _choose_classes(dataset, subset.classes, subset.class_seed)
         chosen["classes"] = list(classes)
-        rows = rows[np.isin(dataset.labels(), classes)]
+        labels = dataset.labels()
+        rows = rows[np.isin(labels, classes)]
+        if unlabelled := int((labels < 0).sum()):
+            notes = (f"passed over: {unlabelled} image(s) without a label, so in none of the --classes",)
     if subset.sample is not None:
         rows = _stratified(rows, dataset.labels()[rows], subset.sample, subset.seed)
         chosen |= {"sample": subset.sample, "seed": subset.seed}
@@ -64,6 +68,7 @@ def take(dataset: Dataset, subset: Subset) -> Dataset:
         labels=lambda: dataset.labels()[rows],
         classes=classes,
         subset=chosen,
+        notes=(*dataset.notes, *notes),
     )
 
 
@@ -79,7 +84,7 @@ def _choose_classes(dataset: Dataset, wanted: str, seed: int) -> tuple[int, ...]
         drawn = np.random.default_rng(seed).choice(len(names), number, replace=False)
         return tuple(sorted(drawn.tolist()))
     labels = set()
-    for name in (part.strip() for part in wanted.split(",")):
+    for name in [wanted] if wanted in names else [part.strip() for part in wanted.split(",")]:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1) or names[:1]
             raise ClipmillError(
