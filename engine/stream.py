@@ -79,8 +79,7 @@ def extract(
     what runs where, `advanced` the number of rows just finished. Raises ClipmillError before anything is written when
     the provider cannot run or `output` holds something else.
     """
-    resize = None if _fits_graph(dataset.image_size) else (bundle.preprocessing.resize, bundle.preprocessing.crop)
-    image_size = dataset.image_size if dataset.image_size and not resize else (bundle.preprocessing.crop,) * 2
+    image_size, resize = _where_to_resize(dataset.image_size, bundle.preprocessing)
     batch_size = settings.batch_size or BATCH_SIZE["cuda" if settings.provider == "cuda" else "cpu"]
     fixed = {"batch": batch_size, "height": image_size[0], "width": image_size[1]}
     tower = Tower(bundle, "image", settings.provider, threads=settings.threads, fixed=fixed)
@@ -105,13 +104,17 @@ def extract(
     return run.finish(_summary(clock, tower, batch_size, workers, planned))
 
 
-def _fits_graph(image_size: tuple[int, int] | None) -> bool:
-    """Whether the graph resizes images of this size as Pillow does; images of mixed sizes (None) it cannot batch.
+def _where_to_resize(
+    image_size: tuple[int, int] | None, preprocessing: Preprocessing
+) -> tuple[tuple[int, int], tuple[int, int] | None]:
+    """(H, W) of the pixels that the graph gets, and what decode() resizes to: nothing where the graph does it.
 
-    The graph goes horizontally first, as Pillow always did; from version 13 on Pillow takes the other order for some
-    images more than twice as high as wide.
+    Images of one size go to the graph as they are; mixed sizes would not batch. Nor do images more than twice as high
+    as wide: the graph resizes horizontally first, as Pillow always did, but from version 13 on not for all of these.
     """
-    return image_size is not None and image_size[0] <= 2 * image_size[1]
+    if image_size is not None and image_size[0] <= 2 * image_size[1]:
+        return image_size, None
+    return (preprocessing.crop, preprocessing.crop), (preprocessing.resize, preprocessing.crop)
 
 
 def _run(bundle: Bundle, dataset: Dataset, output: Path, settings: Settings, provider: str, batch_size: int) -> Run:
