@@ -17,6 +17,7 @@ lint: .venv/all.stamp
 
 bench: .venv/all.stamp
 	$(BIN)/python benchmarks/extract.py
+	$(BIN)/python benchmarks/webdataset_memory.py --tars 10
 
 clean:
 	rm -rf .venv demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

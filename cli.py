@@ -213,8 +213,20 @@ def run_export(model: str, output: Path) -> Bundle:
 @click.option("--workers", type=click.IntRange(min=1), help="Decode threads.  [default: usable CPUs]")
 @threads_option
 @click.option("--shard-size", type=click.IntRange(min=1), default=10_000, show_default=True, help="Rows a shard.")
-@click.option("--format", type=click.Choice(["parquet", "arrow"]), default="parquet", show_default=True)
-@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--format",
+    type=click.Choice(["parquet", "arrow"]),
+    default="parquet",
+    show_default=True,
+    help="Of the shards; Arrow IPC files memory-map to NumPy.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of the embeddings as written.",
+)
 @click.option(
     "--max-pixels",
     type=click.IntRange(min=1),
@@ -377,6 +389,11 @@ tau_option = click.option(
     show_default=True,
     help="Temperature of the softmax whose mean entropy is given.",
 )
+run_model_option = click.option(
+    "--model",
+    metavar="BUNDLE",
+    help="Bundle that embeds the prompts; it must be the run's.  [default: the one of that name under models/]",
+)
 result_option = click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Also write the result as JSON to this file."
 )
@@ -389,7 +406,7 @@ result_option = click.option(
 )
 @click.option("--prompts", metavar="FILE|TABLE", help="One prompt a class, in label order, in place of --template.")
 @tau_option
-@model_option
+@run_model_option
 @provider_option
 @result_option
 @json_option
@@ -456,7 +473,7 @@ def baseline(train: str, test: str, output: Path | None, as_json: bool) -> None:
     "--prompts", default="generic-32", show_default=True, metavar="SET|FILE|TABLE", help=f"{prompts_help}, or a table."
 )
 @tau_option
-@model_option
+@run_model_option
 @provider_option
 @result_option
 @json_option

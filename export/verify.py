@@ -22,7 +22,7 @@ from export.towers import Checkpoint
 
 PHOTOS, DIGITS = 48, 16  # of the embedded sample's and the digits' test splits: 32x32 colour and 8x8 grey
 TEMPLATES = ("a photo of a {}", "a blurry photo of a {}", "{}")
-BARS = {"fp32": {"min_cosine": 0.9999}}  # by precision; DESIGN: "Certificate"
+BARS = {"fp32": {"min_cosine": 0.9999}}  # by precision
 
 
 def certify(bundle: Bundle, checkpoint: Checkpoint) -> dict[str, Any]:

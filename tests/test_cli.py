@@ -72,7 +72,7 @@ def test_every_command_has_help_and_an_example_that_parses(name: str, command: c
     assert command.get_short_help_str()
     for option in command.params:
         if isinstance(option, click.Option):
-            assert option.help or isinstance(option.type, click.Choice), f"{name} {option.name} has no help"
+            assert option.help, f"{name} {option.name} has no help"
     examples = re.findall(r"python cli\.py (.+)", command.help or "")
     assert examples
     for example in examples:
