@@ -443,7 +443,7 @@ def zero_shot(
         text = class_embeddings(template or DEFAULT_TEMPLATE, run, model, provider)
     with mistakes_of("zero-shot"):
         result = zero_shot(run.X, run.positions(), text.X, tau)
-    report({**result, "prompts": text.prompts, "test": described(run)}, output, as_json)
+    report({**result, "class_prompts": text.prompts, "test": described(run)}, output, as_json)
 
 
 @probe.command()

@@ -109,8 +109,9 @@ def _where_to_resize(
 ) -> tuple[tuple[int, int], tuple[int, int] | None]:
     """(H, W) of the pixels that the graph gets, and what decode() resizes to: nothing where the graph does it.
 
-    Images of one size go to the graph as they are; mixed sizes would not batch. Nor do images more than twice as high
-    as wide: the graph resizes horizontally first, as Pillow always did, but from version 13 on not for all of these.
+    Images of one size go to the graph as they are; mixed sizes would not batch, so they are resized before. So are
+    images more than twice as high as wide: the graph resizes horizontally first, as Pillow did until version 13, which
+    takes the other order for some of these.
     """
     if image_size is not None and image_size[0] <= 2 * image_size[1]:
         return image_size, None

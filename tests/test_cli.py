@@ -115,7 +115,7 @@ def test_the_main_job_by_hand(workdir: Path) -> None:
     runs = ["--train", "runs/digits-train-mini", "--test", "runs/digits-test-mini"]
     zero_shot = json.loads(run("probe", "zero-shot", *runs[2:], "--json").stdout)
     assert zero_shot["accuracy"] > 0.9
-    assert zero_shot["prompts"][3] == "a photo of a digit 3"
+    assert zero_shot["class_prompts"][3] == "a photo of a digit 3"
     baseline = json.loads(run("probe", "baseline", *runs, "--json").stdout)
     assert baseline["accuracy"] > 0.9
     table = run("probe", "class-agnostic", *runs, "--prompts", "runs/text-generic-32-mini.parquet", "--json")

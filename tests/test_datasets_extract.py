@@ -280,9 +280,9 @@ def test_some_classes_of_a_source(tmp_path: Path) -> None:
 def test_zero_shot_decides_between_the_classes_of_the_run_only() -> None:
     _, table = extracted("cifar10-sample", "some", "--classes", "cat,dog,ship", "--sample", "90")
     result = json.loads(run("probe", "zero-shot", "--test", "some", "--template", "a photo of {a}", "--json").stdout)
-    assert result["prompts"] == ["a photo of a cat", "a photo of a dog", "a photo of a ship"]
+    assert result["class_prompts"] == ["a photo of a cat", "a photo of a dog", "a photo of a ship"]
     assert result["chance"] == pytest.approx(1 / 3)
-    Path("names.txt").write_text("\n".join(result["prompts"]))
+    Path("names.txt").write_text("\n".join(result["class_prompts"]))
     run("embed-text", "--prompts", "names.txt", "--model", "mini", "--output", "names.parquet")
     text = np.stack(pq.read_table("names.parquet")["embedding"].to_numpy())
     decided = np.array([3, 5, 8])[(embeddings_of(table) @ text.T).argmax(axis=1)]

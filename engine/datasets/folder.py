@@ -8,9 +8,7 @@ be read becomes a reject, not a gap. All else is counted in the notes.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -18,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.datasets.sources import UNKNOWN, label_or_problem
+from engine.datasets.sources import UNKNOWN, file_name_safe, files_digest, label_or_problem, source_name
 from engine.datasets.types import Dataset, DatasetInfo, Sample
 from engine.decode import IMAGE_SUFFIXES, BadImage
 from engine.errors import ClipmillError
@@ -46,12 +44,7 @@ def load(path: str) -> Dataset:
     """
     root = _root(path)
     passed_over: Counter[str] = Counter()
-    digest = hashlib.sha256()
-    images: list[str] = []
-    for relative in _walk(root, passed_over):
-        images.append(relative)
-        size, mtime_ns = _size_and_mtime(root, relative)
-        digest.update(os.fsencode(relative) + b"\0%d %d\0" % (size, mtime_ns))
+    images = list(_walk(root, passed_over))
     notes = tuple(f"passed over: {count} {what}" for what, count in sorted(passed_over.items()))
     if not images:
         reason = f" ({'; '.join(notes)})" if notes else ""
@@ -60,13 +53,13 @@ def load(path: str) -> Dataset:
     classes = sorted({relative.partition("/")[0] for relative in images if "/" in relative})
     labels = {name: label for label, name in enumerate(classes)}
     return Dataset(
-        name=f"folder:{path}".encode("utf-8", "backslashreplace").decode("utf-8"),
-        slug=f"folder-{_file_name_safe(root.name)}",
+        name=source_name("folder", path),
+        slug=f"folder-{file_name_safe(root.name)}",
         split="all",
         class_names=tuple(key_of(name) for name in classes),
         rows=len(images),
         image_size=None,
-        identity={"images": len(images), "sha256": digest.hexdigest()},
+        identity={"images": len(images), "sha256": files_digest((name, f"{root}/{name}") for name in images)},
         samples=partial(_samples, root, images, labels),
         labels=lambda: np.array([_label(relative, labels) for relative in images], dtype=np.int64),
         notes=notes,
@@ -163,15 +156,3 @@ def _cannot_list(folder: Path, error: OSError) -> ClipmillError:
     return ClipmillError(
         f"cannot list {folder} ({error.strerror}): make it readable, or point --dataset folder: elsewhere"
     )
-
-
-def _size_and_mtime(root: Path, relative: str) -> tuple[int, int]:
-    try:
-        status = os.stat(f"{root}/{relative}")
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
-
-
-def _file_name_safe(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:64] or "images"

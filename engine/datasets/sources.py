@@ -25,9 +25,12 @@ def source_name(scheme: str, path: str) -> str:
 
 def source_slug(scheme: str, path: str) -> str:
     """The source's name, safe in a file name: "wds-train-000..012" of "wds:tars/train-{000..012}.tar"."""
-    name = os.path.splitext(os.path.basename(path.rstrip("/")))[0]
-    safe = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:64]
-    return f"{scheme}-{safe or 'images'}"
+    return f"{scheme}-{file_name_safe(os.path.splitext(os.path.basename(path.rstrip('/')))[0])}"
+
+
+def file_name_safe(name: str) -> str:
+    """A name without what some file system would not take."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:64] or "images"
 
 
 def one_file(scheme: str, path: str) -> str:

@@ -99,10 +99,9 @@ def _stratified(rows: NDArray[np.int64], labels: NDArray[np.int64], size: int, s
     if size > len(rows):
         raise ClipmillError(f"--sample {size}: there are {len(rows)} rows to choose from")
     found, counts = np.unique(labels, return_counts=True)
-    exact = counts * (size / len(rows))
-    share = np.floor(exact).astype(int)
-    remainders = np.argsort(share - exact, kind="stable")
-    share[remainders[: size - share.sum()]] += 1
+    share, remainder = np.divmod(counts * size, len(rows))
+    largest = np.argsort(-remainder, kind="stable")
+    share[largest[: size - share.sum()]] += 1
     random = np.random.default_rng(seed)
     kept = [random.choice(rows[labels == label], n, replace=False) for label, n in zip(found, share, strict=True)]
     return np.sort(np.concatenate(kept))
