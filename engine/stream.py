@@ -1,4 +1,4 @@
-"""The whole engine in one sentence: read -> decode -> run -> write, each stage in its own thread, a few batches apart.
+"""The whole engine in one sentence: read -> decode -> run -> write, each stage in its own threads, a few batches apart.
 
 Rows stay in order throughout. Memory is bounded by the batches in flight and one shard of embeddings.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ from engine.manifest import Run, ShardRange, read_manifest
 from engine.preprocess import image_feeds
 from engine.session import Tower
 from engine.shards import Reject, bundle_metadata, shard_schema, shard_table
-from engine.stages import StageClock, prefetch
+from engine.stages import Buffers, StageClock, overlapped
 
 SHARD_SIZE = 10_000  # rows: 20 MB of 512 float32 each
-BATCH_SIZE = {"cpu": 32, "cuda": 256}
-QUEUE_DEPTH = 2  # batches between two stages
-NO_PIXELS = np.empty((0, 0, 0, 3), dtype=np.uint8)
+BATCH_SIZE = {
+    "cpu": 8,  # equally fast from 4 to 16 a lane; 8 keeps the activations near the cache
+    "cuda": 256,
+}
+QUEUE_DEPTH = 2  # batches that may wait between two stages
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Settings:
     provider: str = "auto"
     batch_size: int | None = None
     workers: int | None = None  # decode threads
-    threads: int | None = None  # ONNX Runtime's threads for one operator
+    threads: int | None = None  # batches run at once on the CPU, one thread each
     shard_size: int = SHARD_SIZE
     format: str = "parquet"
     dtype: str = "float32"
@@ -57,11 +59,10 @@ class Batch:
     """Some rows of one shard on their way through the stages."""
 
     shard: ShardRange
-    samples: tuple[Sample, ...]
-    pixels: NDArray[np.uint8]  # (batch size, H, W, 3); rows past the samples, and of bad images, are padding
-    bad: dict[int, BadImage] = field(default_factory=dict)  # by position in the batch
-    decode_seconds: float = 0.0
-    embeddings: NDArray[np.float32] | None = None
+    samples: Sequence[Sample]  # without their images once they are decoded
+    pixels: NDArray[np.uint8] | None = None  # (batch size, H, W, 3) from decode to run
+    rejects: dict[int, Reject] = field(default_factory=dict)  # by position in the batch
+    embeddings: NDArray[np.float32] | None = None  # (batch size, dim) from run on
 
 
 def extract(
@@ -80,9 +81,10 @@ def extract(
     the provider cannot run or `output` holds something else.
     """
     image_size, resize = _where_to_resize(dataset.image_size, bundle.preprocessing)
-    batch_size = settings.batch_size or BATCH_SIZE["cuda" if settings.provider == "cuda" else "cpu"]
-    fixed = {"batch": batch_size, "height": image_size[0], "width": image_size[1]}
+    height, width = image_size
+    fixed = {"batch": settings.batch_size or BATCH_SIZE["cuda"], "height": height, "width": width}
     tower = Tower(bundle, "image", settings.provider, threads=settings.threads, fixed=fixed)
+    batch_size = settings.batch_size or BATCH_SIZE[tower.provider]
     workers = settings.workers or usable_cpus()
     run = _run(bundle, dataset, output, settings, tower.provider, batch_size)
     pending = run.open(overwrite=settings.overwrite)
@@ -90,15 +92,18 @@ def extract(
         started(f"{output} is complete already, nothing to do; as it was made:")
         return read_manifest(output)
     planned = sum(shard.stop - shard.start for shard in pending)
-    started(f"{tower.provider} ({tower.why}), batches of {batch_size}, {workers} decode workers")
+    started(f"{tower.provider} ({tower.why}), batches of {batch_size}, {tower.lanes} at once, {workers} decode workers")
     advanced(dataset.rows - planned)
 
-    clock = StageClock("read", "decode", "run", "write")
+    clock = StageClock(read=1, decode=workers, run=tower.lanes, write=1)
+    buffers = Buffers((batch_size, height, width, 3))
+    decode_batch = partial(_decode, buffers, resize, settings.max_pixels, clock)
+    run_batch = partial(_run_tower, buffers, tower, bundle.preprocessing, clock)
+    ahead = max(QUEUE_DEPTH, tower.lanes)  # a batch a lane: they leave in order, and none may wait for the slowest
     with (  # left from the last stage to the first: none may lose its source while it runs
-        ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool,
-        closing(_read(dataset, pending, batch_size, image_size, clock)) as batches,
-        closing(prefetch(_decode(batches, pool, workers, resize, settings.max_pixels, clock), QUEUE_DEPTH)) as decoded,
-        closing(prefetch(_embed(decoded, tower, bundle.preprocessing, clock), QUEUE_DEPTH)) as embedded,
+        closing(_read(dataset, pending, batch_size, clock)) as batches,
+        closing(overlapped(decode_batch, batches, workers, QUEUE_DEPTH)) as decoded,
+        closing(overlapped(run_batch, decoded, tower.lanes, ahead)) as embedded,
     ):
         _write(embedded, run, settings.fail_on_error, _schema(bundle, dataset, settings), clock, advanced)
     return run.finish(_summary(clock, tower, batch_size, workers, planned))
@@ -150,7 +155,7 @@ def _schema(bundle: Bundle, dataset: Dataset, settings: Settings) -> Any:
 
 
 def _read(
-    dataset: Dataset, shards: Iterable[ShardRange], batch_size: int, image_size: tuple[int, int], clock: StageClock
+    dataset: Dataset, shards: Iterable[ShardRange], batch_size: int, clock: StageClock
 ) -> Generator[Batch, None, None]:
     """Samples of each shard in batches; a batch never crosses into the next shard."""
     last_row = -1
@@ -163,55 +168,39 @@ def _read(
             for sample in samples:
                 assert last_row < sample.row, f"{dataset.name}: row {sample.row} comes after row {last_row}"
                 last_row = sample.row
-            yield Batch(shard, samples, np.zeros((batch_size, *image_size, 3), dtype=np.uint8))
+            yield Batch(shard, samples)
 
 
 def _decode(
-    batches: Iterable[Batch],
-    pool: ThreadPoolExecutor,
-    workers: int,
-    resize: tuple[int, int] | None,
-    max_pixels: int,
-    clock: StageClock,
-) -> Iterator[Batch]:
-    """Batches with their pixels, in order; one batch a worker at a time, and one ready beside them."""
-    ahead: deque[Future[Batch]] = deque()
-    for batch in batches:
-        ahead.append(pool.submit(_decode_batch, batch, resize, max_pixels))
-        if len(ahead) > workers:
-            yield _decoded(ahead.popleft(), workers, clock)
-    while ahead:
-        yield _decoded(ahead.popleft(), workers, clock)
-
-
-def _decoded(future: Future[Batch], workers: int, clock: StageClock) -> Batch:
-    batch = future.result()
-    clock.busy["decode"] += batch.decode_seconds / workers
+    buffers: Buffers, resize: tuple[int, int] | None, max_pixels: int, clock: StageClock, batch: Batch
+) -> Batch:
+    """The batch with its pixels; rows past its samples, and those of bad images, are zeros."""
+    with clock.measure("decode"):
+        pixels = buffers.take()
+        for position, sample in enumerate(batch.samples):
+            try:
+                image = decode(sample.image, resize, max_pixels)
+                if image.shape != pixels.shape[1:]:
+                    raise BadImage("bad-size", f"is {image.shape[1]}x{image.shape[0]}, unlike the rest of its dataset")
+                pixels[position] = image
+            except BadImage as error:
+                pixels[position] = 0
+                batch.rejects[position] = Reject(sample.row, sample.key, error.error_class, error.message)
+        pixels[len(batch.samples) :] = 0
+        batch.pixels = pixels
+        # their bytes are done with; a shard of them may be gigabytes
+        batch.samples = [replace(sample, image=b"") for sample in batch.samples]
     return batch
 
 
-def _decode_batch(batch: Batch, resize: tuple[int, int] | None, max_pixels: int) -> Batch:
-    start = time.perf_counter()
-    for position, sample in enumerate(batch.samples):
-        try:
-            pixels = decode(sample.image, resize, max_pixels)
-            if pixels.shape != batch.pixels.shape[1:]:
-                raise BadImage("bad-size", f"is {pixels.shape[1]}x{pixels.shape[0]}, unlike the rest of its dataset")
-            batch.pixels[position] = pixels
-        except BadImage as error:
-            batch.bad[position] = error
-    # their bytes are done with; a shard of them may be gigabytes
-    batch.samples = tuple(replace(sample, image=b"") for sample in batch.samples)
-    batch.decode_seconds = time.perf_counter() - start
+def _run_tower(buffers: Buffers, tower: Tower, preprocessing: Preprocessing, clock: StageClock, batch: Batch) -> Batch:
+    """The batch with its embeddings in place of its pixels."""
+    assert batch.pixels is not None
+    with clock.measure("run"):
+        batch.embeddings = tower.run(image_feeds(batch.pixels, preprocessing))
+    buffers.give_back(batch.pixels)
+    batch.pixels = None
     return batch
-
-
-def _embed(batches: Iterable[Batch], tower: Tower, preprocessing: Preprocessing, clock: StageClock) -> Iterator[Batch]:
-    for batch in batches:
-        with clock.measure("run"):
-            batch.embeddings = tower.run(image_feeds(batch.pixels, preprocessing))
-        batch.pixels = NO_PIXELS
-        yield batch
 
 
 def _write(
@@ -223,37 +212,45 @@ def _write(
     advanced: Callable[[int], None],
 ) -> None:
     """Collect the batches of a shard, then write and commit it."""
-    good: list[Sample] = []
+    dim = schema.field("embedding").type.list_size
+    embeddings = np.empty((min(run.shard_size, run.rows), dim), dtype=np.float32)  # of a shard after the other
+    columns: defaultdict[str, list[Any]] = defaultdict(list)  # its other columns, by name
+    good = 0  # rows of it so far
     rejects: list[Reject] = []
-    embeddings: list[NDArray[np.float32]] = []
-    rows = 0
     shard_started = time.perf_counter()
     for batch in batches:
         assert batch.embeddings is not None
-        for position, error in sorted(batch.bad.items()):
-            sample = batch.samples[position]
+        for reject in batch.rejects.values():
             if fail_on_error:
-                raise ClipmillError(f"row {sample.row}, {sample.key}, is {error}; --on-error reject goes on without it")
-            rejects.append(Reject(sample.row, sample.key, error.error_class, error.message))
-        kept = [position for position in range(len(batch.samples)) if position not in batch.bad]
-        good.extend(batch.samples[position] for position in kept)
-        embeddings.append(batch.embeddings[kept])
-        rows += len(batch.samples)
+                raise ClipmillError(
+                    f"row {reject.row}, {reject.key}, is {reject.error}: {reject.message}; "
+                    "--on-error reject goes on without it"
+                )
+            rejects.append(reject)
+        kept = [position for position in range(len(batch.samples)) if position not in batch.rejects]
+        first, good = good, good + len(kept)
+        embeddings[first:good] = batch.embeddings[kept]
+        for position in kept:
+            sample = batch.samples[position]
+            row = {"row": sample.row, "key": sample.key, "split": sample.split, "label": sample.label}
+            for name, value in {**row, **sample.more_labels}.items():
+                columns[name].append(value)
         advanced(len(batch.samples))
-        if rows == batch.shard.stop - batch.shard.start:
+        if good + len(rejects) == batch.shard.stop - batch.shard.start:
             with clock.measure("write"):
-                table = shard_table(schema, good, np.concatenate(embeddings))
+                table = shard_table(schema, columns, embeddings[:good])
                 run.commit(batch.shard, table, rejects, time.perf_counter() - shard_started)
-            good, rejects, embeddings, rows, shard_started = [], [], [], 0, time.perf_counter()
+            columns, good, rejects, shard_started = defaultdict(list), 0, [], time.perf_counter()
 
 
 def _summary(clock: StageClock, tower: Tower, batch_size: int, workers: int, images: int) -> dict[str, Any]:
+    """What the manifest says of how it went; where several threads share a stage, its seconds are their mean."""
     seconds = clock.seconds
     return {
         "provider": tower.provider,
         "batch_size": batch_size,
         "workers": workers,
-        "threads": tower.threads,
+        "threads": tower.lanes,
         "images": images,
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 1),

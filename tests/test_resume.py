@@ -174,7 +174,7 @@ def _refused(
 
 def test_the_refusal_shows_both_values(mini: Bundle, tmp_path: Path) -> None:
     extract(mini, pictures(10), tmp_path / "run", settings())
-    with pytest.raises(ClipmillError, match=r"another batch_size \(7, now 32\)"):
+    with pytest.raises(ClipmillError, match=r"another batch_size \(7, now 8\)"):
         extract(mini, pictures(10), tmp_path / "run", settings(batch_size=None))
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from engine.datasets import Sample
 from engine.errors import ClipmillError
 from engine.files import read_json, write_json
 from engine.manifest import Run, ShardRange, read_manifest, read_run
@@ -36,11 +36,13 @@ def vectors(rows: int, dim: int = DIM) -> NDArray[np.float32]:
 
 def table_of(rows: range, embeddings: NDArray[np.float32], dtype: str = "float32") -> pa.Table:
     """Every third row has no label."""
-    return shard_table(
-        shard_schema(embeddings.shape[1], dtype, METADATA),
-        [Sample(row, f"birds/{row}.jpg", "test", row % 3 or None, b"") for row in rows],
-        embeddings,
-    )
+    columns = {
+        "row": rows,
+        "key": [f"birds/{row}.jpg" for row in rows],
+        "split": ["test"] * len(rows),
+        "label": [row % 3 or None for row in rows],
+    }
+    return shard_table(shard_schema(embeddings.shape[1], dtype, METADATA), columns, embeddings)
 
 
 def make_run(
@@ -94,6 +96,24 @@ def test_a_shard_without_rows(suffix: str, tmp_path: Path) -> None:
     table = read_table(tmp_path / f"part.{suffix}")
     assert (table.num_rows, embeddings_of(table).shape) == (0, (0, DIM))
     assert embeddings_of(table).dtype == np.float16
+
+
+@pytest.mark.parametrize("dim", [6, 129, 512])
+def test_parquet_is_written_in_slices_that_leave_no_trace(
+    dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = table_of(range(2500), vectors(2500, dim))
+    pq.write_table(table, tmp_path / "whole.parquet", compression="none", use_dictionary=["split"])
+    write, chunks = pq.write_table, []
+
+    def watch(table: pa.Table, *arguments: Any, **options: Any) -> None:
+        chunks.extend(len(chunk) for chunk in table["embedding"].chunks)
+        write(table, *arguments, **options)
+
+    monkeypatch.setattr(pq, "write_table", watch)
+    write_table(tmp_path / "slices.parquet", table)
+    assert chunks == [1024, 1024, 452]
+    assert (tmp_path / "slices.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
 
 
 def test_embeddings_of_a_slice_and_of_many_pieces() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -147,6 +148,21 @@ def test_a_file_that_is_no_graph_is_one_line_and_quiet(
     assert capfd.readouterr().out == ""  # stdout is for data
 
 
+def int8(bundle: Bundle) -> Bundle:
+    return dataclasses.replace(bundle, target=dataclasses.replace(bundle.target, precision="int8"))
+
+
+def test_an_int8_bundle_on_cuda_is_one_line_and_nothing_runs(
+    mini: Bundle, stub: type[StubSession], driver: list[str]
+) -> None:
+    with pytest.raises(ClipmillError) as raised:
+        Tower(int8(mini), "image", "cuda", fixed=FIXED)
+    assert str(raised.value) == (
+        "an int8 bundle runs on the CPU only; export an fp16 one (export --provider cuda), or choose --provider cpu"
+    )
+    assert (stub.made, driver) == ([], [])
+
+
 # What is taken ------------------------------------------------------------------------------------------------------
 
 
@@ -179,11 +195,21 @@ def test_auto_takes_the_cpu_when_the_session_falls_back(
     assert [made.keywords["providers"][0] for made in stub.made][1] == "CPUExecutionProvider"
 
 
+def test_auto_takes_the_cpu_for_an_int8_bundle_and_leaves_cuda_alone(
+    mini: Bundle, stub: type[StubSession], driver: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stub, "providers", ["CPUExecutionProvider"])
+    tower = Tower(int8(mini), "image", threads=2, fixed=FIXED)
+    assert (tower.provider, tower.why, tower.lanes) == ("cpu", "auto: an int8 bundle runs on the CPU only", 2)
+    assert [made.keywords["providers"] for made in stub.made] == [["CPUExecutionProvider"]]
+    assert driver == []
+
+
 def test_the_options_of_a_cuda_session(mini: Bundle, stub: type[StubSession], driver: list[str]) -> None:
     tower = Tower(mini, "image", "cuda", threads=3, fixed=FIXED)
     (made,) = stub.made
     assert driver == ["libcuda.so.1", "preload"]
-    assert (tower.provider, tower.why, tower.threads, tower.dim) == ("cuda", "asked for", 3, 128)
+    assert (tower.provider, tower.why, tower.lanes, tower.dim) == ("cuda", "asked for", 1, 128)
     assert made.path == mini.path / "image.onnx"
     assert made.keywords == {
         "providers": [  # and no CPUExecutionProvider behind it
@@ -199,7 +225,6 @@ def test_the_options_of_a_cuda_session(mini: Bundle, stub: type[StubSession], dr
         ],
         "enable_fallback": 0,
     }
-    assert made.options.intra_op_num_threads == 3
     assert made.options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
     # ONNX Runtime takes a misspelt key in silence; this one it knows, for it will not have the CPU beside it
     with pytest.raises(Exception, match="disabled fallback to the CPU EP"):
@@ -228,7 +253,8 @@ def test_the_options_of_a_cpu_session(
     tower = Tower(mini, "image", "cpu", fixed=FIXED)
     (made,) = stub.made
     assert made.keywords == {"providers": ["CPUExecutionProvider"], "enable_fallback": 0}
-    assert made.options.intra_op_num_threads == tower.threads == 5
+    assert (made.options.intra_op_num_threads, made.options.inter_op_num_threads, tower.lanes) == (1, 1, 5)
+    assert Tower(mini, "image", "cpu", threads=3).lanes == 3
     assert driver == []  # nothing of CUDA was touched
     assert input_shapes(made)["pixels"] == ["batch", "height", "width", 3]
 
@@ -265,3 +291,11 @@ def test_a_tower_gives_unit_rows_that_do_not_depend_on_their_batch(mini: Bundle)
         alone = tower.run(image_feeds(images[position : position + 1], mini.preprocessing))
         np.testing.assert_array_equal(alone[0], together[position])
     assert np.abs(together[0] - together[1]).max() > 1e-3
+
+
+def test_many_threads_may_run_one_tower_at_once(mini: Bundle) -> None:
+    tower = Tower(mini, "image", "cpu", threads=4)
+    batches = [image_feeds(pixels(size), mini.preprocessing) for size in (1, 5, 2, 8, 3) * 8]
+    with ThreadPoolExecutor(4) as pool:
+        for feeds, embeddings in zip(batches, pool.map(tower.run, batches), strict=True):
+            np.testing.assert_array_equal(embeddings, tower.run(feeds))

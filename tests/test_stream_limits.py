@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from pictures import contents, pictures, settings, watched
+from pictures import NOT_AN_IMAGE, contents, pictures, settings, watched
 from threads import no_thread_left, within
 
 from engine import shards, stream
@@ -25,9 +26,10 @@ from engine.session import Tower
 from engine.stream import QUEUE_DEPTH, extract
 
 
-def test_memory_holds_a_few_batches_and_not_a_shard(mini: Bundle, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("workers", "lanes"), [(2, 1), (1, 5)])
+def test_memory_holds_a_few_batches_and_not_a_shard(workers: int, lanes: int, mini: Bundle, tmp_path: Path) -> None:
     """One shard of 60 batches, and a writer slow enough for every stage before it to run as far ahead as it can."""
-    workers, batch_size, rows = 2, 4, 240
+    batch_size, rows = 4, 240
     pulled, finished, lead, alive, most_alive = 0, 0, 0, 0, 0
 
     def forgotten() -> None:
@@ -49,12 +51,75 @@ def test_memory_holds_a_few_batches_and_not_a_shard(mini: Bundle, tmp_path: Path
         finished += rows
 
     dataset = dataclasses.replace(pictures(rows, size=(8, 8)), samples=samples)
-    extract(mini, dataset, tmp_path / "run", settings(workers=workers, batch_size=batch_size), advanced=advanced)
-    # one batch a worker and one being read; two queues, and between them each stage has one in hand
-    in_flight = (workers + 1) + 2 * QUEUE_DEPTH + 3
-    assert 3 * batch_size < lead <= in_flight * batch_size
-    assert most_alive <= (in_flight + 3) * batch_size  # and each stage may still hold the one it handed on
+    choice = settings(workers=workers, threads=lanes, batch_size=batch_size)
+    extract(mini, dataset, tmp_path / "run", choice, advanced=advanced)
+    # one a thread and those that may wait; before each of the two stages one that is next, and the writer's
+    in_flight = (workers + QUEUE_DEPTH) + (lanes + max(QUEUE_DEPTH, lanes)) + 2 + 1
+    assert (in_flight - 3) * batch_size < lead <= in_flight * batch_size
+    # an image goes when it is decoded; those who handed its batch on may hold the last they had
+    assert most_alive <= (workers + 4) * batch_size
     assert pulled == finished == rows
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_pixels_are_decoded_into_a_few_buffers_again_and_again(
+    lanes: int, mini: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was in one before is gone: rows of bad images, and rows past the end of a shard, are zeros."""
+    rows, shard_size, batch_size, workers = 300, 37, 5, 2
+    dataset = pictures(rows, dict.fromkeys(range(3, rows, 7), NOT_AN_IMAGE), size=(8, 8))
+    seen: list[NDArray[np.uint8]] = []
+    buffers: dict[int, NDArray[np.uint8]] = {}
+    run = Tower.run
+
+    def watch(tower: Tower, feeds: Any) -> Any:
+        seen.append(feeds["pixels"].copy())
+        buffers[id(feeds["pixels"])] = feeds["pixels"]
+        return run(tower, feeds)
+
+    monkeypatch.setattr(Tower, "run", watch)
+    choice = settings(threads=lanes, workers=workers, batch_size=batch_size, shard_size=shard_size)
+    extract(mini, dataset, tmp_path / "run", choice)
+
+    expected = []
+    for first in range(0, rows, shard_size):
+        for start in range(first, min(first + shard_size, rows), batch_size):
+            batch = np.zeros((batch_size, 8, 8, 3), dtype=np.uint8)
+            for sample in dataset.samples(start, min(start + batch_size, first + shard_size, rows)):
+                if sample.row % 7 != 3:
+                    batch[sample.row - start] = sample.image
+            expected.append(batch)
+    # several lanes may begin in another order
+    assert sorted(batch.tobytes() for batch in seen) == sorted(batch.tobytes() for batch in expected)
+    assert len(buffers) <= (workers + QUEUE_DEPTH) + (lanes + max(QUEUE_DEPTH, lanes)) + 2 < len(expected) / 3
+
+
+def test_the_embeddings_of_all_shards_are_collected_in_one_array(
+    mini: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collected: list[NDArray[np.float32]] = []
+
+    def watch(schema: Any, columns: Any, embeddings: NDArray[np.float32]) -> Any:
+        collected.append(embeddings)
+        return shards.shard_table(schema, columns, embeddings)
+
+    monkeypatch.setattr(stream, "shard_table", watch)
+    extract(mini, pictures(25, {3: b""}), tmp_path / "run", settings(shard_size=10))
+    assert [embeddings.shape for embeddings in collected] == [(9, 128), (10, 128), (5, 128)]
+    starts = {embeddings.__array_interface__["data"][0] for embeddings in collected}
+    assert len(starts) == 1
+
+
+def test_the_lanes_run_at_once(mini: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, run = threading.Barrier(3, timeout=20), Tower.run
+
+    def meet(tower: Tower, feeds: Any) -> Any:
+        together.wait()
+        return run(tower, feeds)
+
+    monkeypatch.setattr(Tower, "run", meet)
+    manifest = extract(mini, pictures(18), tmp_path / "run", settings(batch_size=3, threads=3, shard_size=9))
+    assert manifest["summary"]["threads"] == 3
 
 
 def fail_in_dataset(patch: pytest.MonkeyPatch, dataset: Dataset, error: BaseException) -> Dataset:
@@ -105,8 +170,14 @@ def fail_in_writer(patch: pytest.MonkeyPatch, dataset: Dataset, error: BaseExcep
 
 @pytest.mark.parametrize("fail_in", [fail_in_dataset, fail_in_decode, fail_in_tower, fail_in_writer])
 @pytest.mark.parametrize("error", [RuntimeError("the end"), KeyboardInterrupt()])
+@pytest.mark.parametrize("lanes", [1, 3])
 def test_an_error_in_any_stage_surfaces_as_itself(
-    fail_in: Callable[..., Dataset], error: BaseException, mini: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lanes: int,
+    fail_in: Callable[..., Dataset],
+    error: BaseException,
+    mini: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, opened, closed = tmp_path / "run", [], []
 
@@ -121,7 +192,7 @@ def test_an_error_in_any_stage_surfaces_as_itself(
     with monkeypatch.context() as patch:
         broken = fail_in(patch, dataset, error)
         with no_thread_left(), pytest.raises(type(error)) as raised:
-            within(60, lambda: extract(mini, broken, run, settings(shard_size=10)))
+            within(60, lambda: extract(mini, broken, run, settings(shard_size=10, threads=lanes)))
     assert raised.value is error
     assert closed == opened  # no source stays open,
     assert max(opened) < 400  # and far fewer rows were read than planned
@@ -188,21 +259,23 @@ def test_progress_adds_up_and_the_start_says_what_runs(mini: Bundle, tmp_path: P
     finished: list[int] = []
     dataset = pictures(20, {3: b""})
     extract(mini, dataset, tmp_path / "run", settings(shard_size=9), started=said.append, advanced=finished.append)
-    assert said == ["cpu (asked for), batches of 7, 2 decode workers"]
+    assert said == ["cpu (asked for), batches of 7, 1 at once, 2 decode workers"]
     assert finished == [0, 7, 2, 7, 2, 2]  # batches do not cross shards
 
 
+def slow(function: Callable[..., Any]) -> Callable[..., Any]:
+    def slowed(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.05)
+        return function(*arguments, **options)
+
+    return slowed
+
+
 @pytest.mark.parametrize("stage", ["read", "decode", "run", "write"])
+@pytest.mark.parametrize("threads", [1, 2])
 def test_the_summary_names_the_stage_that_bound_the_run(
-    stage: str, mini: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    threads: int, stage: str, mini: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(function: Callable[..., Any]) -> Callable[..., Any]:
-        def slowed(*arguments: Any, **options: Any) -> Any:
-            time.sleep(0.05)
-            return function(*arguments, **options)
-
-        return slowed
-
     dataset = pictures(12, size=(8, 8))
     if stage == "read":
         dataset = watched(dataset, slow(lambda row: None))
@@ -212,12 +285,44 @@ def test_the_summary_names_the_stage_that_bound_the_run(
         monkeypatch.setattr(Tower, "run", slow(Tower.run))
     else:
         monkeypatch.setattr(stream.Run, "commit", slow(stream.Run.commit))
-    summary = extract(mini, dataset, tmp_path / "run", settings(batch_size=1, workers=1, shard_size=1))["summary"]
+    choice = settings(batch_size=1, workers=threads, threads=threads, shard_size=1)
+    summary = extract(mini, dataset, tmp_path / "run", choice)["summary"]
     assert summary["bound_by"] == stage
     assert list(summary["stages"]) == ["read", "decode", "run", "write"]
-    assert 12 * 0.05 <= summary["stages"][stage]["busy"] <= summary["seconds"]
+    sharing = threads if stage in ("decode", "run") else 1
+    assert 12 * 0.05 / sharing <= summary["stages"][stage]["busy"] <= summary["seconds"]
     for times in summary["stages"].values():
         assert times["busy"] + times["waiting"] == pytest.approx(summary["seconds"], abs=0.002)
     assert summary["images_per_second"] == pytest.approx(12 / summary["seconds"], rel=0.01)
     assert (summary["images"], summary["provider"]) == (12, "cpu")
-    assert (summary["batch_size"], summary["workers"], summary["threads"]) == (1, 1, 1)
+    assert (summary["batch_size"], summary["workers"], summary["threads"]) == (1, threads, threads)
+
+
+def test_many_threads_that_are_idle_half_the_time_bind_nothing(
+    mini: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading takes 0.05 s an image; decoding and running take as long each, but four threads share either."""
+    monkeypatch.setattr(stream, "decode", slow(decode))
+    monkeypatch.setattr(Tower, "run", slow(Tower.run))
+    dataset = watched(pictures(12, size=(8, 8)), slow(lambda row: None))
+    summary = extract(mini, dataset, tmp_path / "run", settings(batch_size=1, workers=4, threads=4))["summary"]
+    assert summary["bound_by"] == "read"
+
+
+def test_the_batch_size_is_the_providers(mini: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed: list[Any] = []
+
+    class OnCuda(Tower):
+        """One that came up on CUDA, as far as the stream can tell."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            fixed.append(options.pop("fixed"))
+            super().__init__(mini, "image", "cpu", threads=1)
+            self.provider = "cuda"
+
+    summary = extract(mini, pictures(9), tmp_path / "cpu", settings(batch_size=None))["summary"]
+    assert (summary["provider"], summary["batch_size"]) == ("cpu", 8)
+    monkeypatch.setattr(stream, "Tower", OnCuda)
+    summary = extract(mini, pictures(9), tmp_path / "cuda", settings(provider="auto", batch_size=None))["summary"]
+    assert (summary["provider"], summary["batch_size"]) == ("cuda", 256)
+    assert fixed == [{"batch": 256, "height": 32, "width": 32}]
