@@ -19,8 +19,8 @@ from engine.files import read_json, sha256_file, sha256_json, write_json
 FORMAT_VERSION = 1
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 MODELS_FOLDER = Path("models")
-TOWERS = ("image", "text")
 TowerName = Literal["image", "text"]
+TOWERS: tuple[TowerName, ...] = ("image", "text")
 T = TypeVar("T")
 
 
@@ -58,8 +58,11 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Target:
-    provider: str  # the family whose fused operators the graphs hold
+    provider: str  # the family that the graphs are made for
     precision: str
+
+
+CPU_FP32 = Target("cpu", "fp32")
 
 
 @dataclass(frozen=True)
@@ -150,18 +153,27 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     return bundle
 
 
-def find_bundle(model: str | None, *, verify: bool = True) -> Bundle:
-    """The bundle named by --model (a folder, or a name under models/), else the default model's."""
+def find_bundle(model: str | None, provider: str = "auto", *, verify: bool = True) -> Bundle:
+    """The bundle named by --model (a folder, or a name under models/), else the default model's that suits a provider.
+
+    For "cuda" that is the fp16 bundle if there is one; every provider runs the fp32 one.
+    """
     if model is None:
-        return load_bundle(default_output(DEFAULT_MODEL), verify=verify)
+        half = default_output(DEFAULT_MODEL, Target("cuda", "fp16"))
+        suits = provider == "cuda" and half.exists()
+        return load_bundle(half if suits else default_output(DEFAULT_MODEL), verify=verify)
     named = MODELS_FOLDER / model
     is_name = not Path(model).exists() and len(Path(model).parts) == 1 and named.exists()
     return load_bundle(named if is_name else model, verify=verify)
 
 
-def default_output(model: str) -> Path:
-    """Where the bundle of a model goes unless --output says otherwise: models/<last part of its name>."""
-    return MODELS_FOLDER / Path(model).expanduser().absolute().name
+def default_output(model: str, target: Target = CPU_FP32) -> Path:
+    """Where the bundle of a model goes unless --output says otherwise: models/<last part of its name>.
+
+    Others than fp32 for the CPU get a suffix, such as -cuda-fp16.
+    """
+    suffix = "" if target == CPU_FP32 else f"-{target.provider}-{target.precision}"
+    return MODELS_FOLDER / (Path(model).expanduser().absolute().name + suffix)
 
 
 def _from_json(kind: type[T], values: Mapping[str, Any]) -> T:

@@ -17,7 +17,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 import cli
 from engine.datasets import open_dataset
-from export.towers import MINI_CHECKPOINT
+from export.checkpoint import MINI_CHECKPOINT
 
 PROMPTS = [
     f"a photo of {name}"

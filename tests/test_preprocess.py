@@ -107,7 +107,7 @@ def test_normalisation_folded_into_the_patch_embedding_is_that_of_the_processor(
     """At the model's own size levels are exact, so whatever differs is the arithmetic after them."""
     import torch
 
-    from export.towers import load_checkpoint
+    from export.checkpoint import load_checkpoint
 
     exported: Bundle = request.getfixturevalue(bundle)
     checkpoint = load_checkpoint(exported.source.model)

@@ -281,7 +281,7 @@ print(dataset.rows, read, peak(), "torch" in sys.modules or "webdataset" in sys.
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_does_not_grow_with_the_archive(tmp_path: Path) -> None:
-    """20 MB in one tar, and 2 GB in a hundred links to it (benchmarks/webdataset_memory.py: 10 GB, embedded)."""
+    """20 MB in one tar, and 2 GB in a hundred links to it (benchmarks/memory.py: 1 GB, embedded)."""
     write_tar(tmp_path / "000.tar", [(f"{number}.jpg", os.urandom(1 << 20)) for number in range(20)])
     for number in range(1, 100):
         os.link(tmp_path / "000.tar", tmp_path / f"{number:03d}.tar")

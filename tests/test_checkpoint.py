@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BertConfig, BertModel, CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
 
 from engine.errors import ClipmillError
-from export import towers
+from export import checkpoint as loading
+from export.checkpoint import MINI_CHECKPOINT, load_checkpoint
 from export.to_onnx import export_bundle
-from export.towers import MINI_CHECKPOINT, load_checkpoint
 
 TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
 NOT_IN_ANY_CACHE = "clipmill-tests/no-such-model"
@@ -198,7 +198,7 @@ def test_what_the_hub_answers_becomes_one_line(
     def fail(*_: object, **__: object) -> None:
         raise raised from cause
 
-    monkeypatch.setattr(towers, "_hub_answers", lambda: True)
+    monkeypatch.setattr(loading, "_hub_answers", lambda: True)
     monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
     assert f"{message} {NOT_IN_ANY_CACHE} " in refusal(NOT_IN_ANY_CACHE, tmp_path)
 
