@@ -16,8 +16,7 @@ lint: .venv/all.stamp
 	$(BIN)/mypy
 
 bench: .venv/all.stamp
-	$(BIN)/python benchmarks/extract.py
-	$(BIN)/python benchmarks/webdataset_memory.py --tars 10
+	$(BIN)/python cli.py bench all
 
 clean:
 	rm -rf .venv demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -24,6 +24,7 @@ DEFAULT_TEMPLATE = "a photo of a {}"
 EXPORTABLE = (
     "a hub id, a folder with a Hugging Face checkpoint, mini (embedded) and random-vit-b-32 (untrained, for benchmarks)"
 )
+BENCHMARKS = ("extract", "session", "text", "decode", "memory", "start", "all")
 EXPORT_EXTRA = {"torch", "transformers", "optimum", "onnx", "onnxscript", "huggingface_hub"}
 
 
@@ -67,7 +68,9 @@ provider_option = click.option(
     help="What runs the model; the one asked for runs, or the command fails.",
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="ONNX Runtime threads.  [default: usable CPUs]"
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Batches run at once on the CPU, one thread each; CUDA runs one.  [default: usable CPUs]",
 )
 verify_option = click.option("--no-verify", is_flag=True, help="Do not check the sha256 of the bundle's files.")
 data_dir_option = click.option(
@@ -161,9 +164,25 @@ def demo(output: Path | None, as_json: bool) -> None:
     metavar="ID|PATH|mini|random-vit-b-32",
     help=f"What to convert: {EXPORTABLE}.",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="Bundle folder.  [default: models/<name of the model>]")
+@click.option(
+    "--provider",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="What the bundle is for; auto: cuda where there is an NVIDIA driver, else cpu.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "int8"]),
+    help="int8 is for cpu, fp16 for cuda.  [default: fp32 for cpu, fp16 for cuda]",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Bundle folder.  [default: models/<name of the model>, with a suffix such as -cpu-int8 unless cpu and fp32]",
+)
 @json_option
-def export_command(model: str, output: Path | None, as_json: bool) -> None:
+def export_command(model: str, provider: str, precision: str | None, output: Path | None, as_json: bool) -> None:
     """Convert a CLIP checkpoint to a bundle: both towers as ONNX, with a fidelity certificate.
 
     Nothing is left when the certificate misses its bar. Needs the `export` extra (torch, transformers, optimum).
@@ -171,27 +190,31 @@ def export_command(model: str, output: Path | None, as_json: bool) -> None:
     \b
     Example:
       python cli.py export
-      python cli.py export --model mini
+      python cli.py export --model mini --precision int8
+      python cli.py export --provider cuda
     """
-    from engine.bundle import default_output
-
-    bundle = run_export(model, output or default_output(model))
+    bundle = run_export(model, output, provider, precision)
     certificate = bundle.certificate
     say(
         f"certified on {certificate['images']} images and {certificate['prompts']} prompts against PyTorch fp32: "
         f"min cosine image {certificate['image']['min_cosine']:.7f}, text {certificate['text']['min_cosine']:.7f}"
     )
+    if certificate["caveat"]:
+        say(f"the certificate was {certificate['caveat']}")
     emit({"bundle": str(bundle.path), "fingerprint": bundle.fingerprint, "certificate": certificate}, as_json, "bundle")
 
 
-def run_export(model: str, output: Path) -> Bundle:
+def run_export(model: str, output: Path | None = None, provider: str = "cpu", precision: str | None = None) -> Bundle:
+    from engine.bundle import default_output
+
     try:
-        from export.to_onnx import export_bundle
+        from export.to_onnx import choose_target, export_bundle
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in EXPORT_EXTRA:
             raise
         raise ClipmillError(f"export needs {error.name}, which is not installed: pip install -e '.[export]'") from error
-    return export_bundle(model, output, progress=say)
+    target = choose_target(provider, precision)
+    return export_bundle(model, output or default_output(model, target), target, progress=say)
 
 
 # extract ------------------------------------------------------------------------------------------------------------
@@ -209,7 +232,7 @@ def run_export(model: str, output: Path) -> Bundle:
 @data_dir_option
 @click.option("--no-download", is_flag=True, help="Fail where the dataset is not there yet.")
 @provider_option
-@click.option("--batch-size", type=click.IntRange(min=1), help="Images a batch.  [default: 32 on CPU, 256 on CUDA]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Images a batch.  [default: 8 on CPU, 256 on CUDA]")
 @click.option("--workers", type=click.IntRange(min=1), help="Decode threads.  [default: usable CPUs]")
 @threads_option
 @click.option("--shard-size", type=click.IntRange(min=1), default=10_000, show_default=True, help="Rows a shard.")
@@ -289,7 +312,7 @@ def extract(
     )
     for note in source.notes:
         say(note)
-    bundle = find_bundle(model, verify=not no_verify)
+    bundle = find_bundle(model, settings["provider"], verify=not no_verify)
     manifest = run_extract(
         bundle,
         source,
@@ -351,7 +374,7 @@ def embed_text(
     from engine.text import embed_prompts, text_table
 
     texts = filled(prompts, template)
-    bundle = find_bundle(model, verify=not no_verify)
+    bundle = find_bundle(model, provider, verify=not no_verify)
     name = "stdin" if prompts == "-" else Path(prompts).stem
     path = local_path(output) if output else Path("runs") / f"text-{name}-{bundle.name}.parquet"
     embeddings = embed_prompts(bundle, texts, provider, threads=threads)
@@ -683,6 +706,32 @@ def prompts(as_json: bool) -> None:
     sets = {name: read_prompts(name) for name in prompt_sets()}
     rows = [{"set": name, "prompts": len(texts), "first": texts[0]} for name, texts in sets.items()]
     table(rows, {"set": "set", "prompts": "prompts", "first": "first prompt"}, as_json)
+
+
+# bench --------------------------------------------------------------------------------------------------------------
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("name", type=click.Choice(BENCHMARKS))
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS]...")
+def bench(name: str, options: tuple[str, ...]) -> None:
+    """Run a benchmark of benchmarks/, or all of them; what follows the name goes to it.
+
+    Each prints what it ran on, a table, and JSON as the last line. Needs the `export` extra.
+
+    \b
+    Example:
+      python cli.py bench start
+      python cli.py bench extract --images 64 --rounds 3
+      python cli.py bench session --help
+    """
+    import subprocess
+    from importlib.util import find_spec
+
+    if missing := sorted(library for library in EXPORT_EXTRA if find_spec(library) is None):
+        raise ClipmillError(f"bench needs {missing[0]}, which is not installed: pip install -e '.[export]'")
+    script = Path(__file__).resolve().parent / "benchmarks" / f"{name}.py"
+    sys.exit(subprocess.run([sys.executable, script, *options], check=False).returncode)
 
 
 # output -------------------------------------------------------------------------------------------------------------

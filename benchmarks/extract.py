@@ -1,92 +1,94 @@
-"""End to end, JPEG bytes to embeddings on disk: clipmill against the loop that people write around transformers.
+"""End to end, JPEG bytes to embeddings on disk, 32x32 images: clipmill against what people take today (rivals.py).
 
-Both embed the same images with the same ViT-B/32 weights (random: speed does not depend on them), the same batch size
-and the same number of threads, in turns, so that a noisy machine disturbs both alike. The loop is the usual one: PIL,
-CLIPImageProcessor, CLIPModel in float32, np.save. Loading the model counts for neither.
+All embed the same images with the same ViT-B/32 weights on the same number of threads. Loading the model counts for
+none. "bare" is the image tower alone, on the very batches and lanes of clipmill's run, their pixels decoded
+beforehand: the pipeline around it should cost next to nothing. Cosines are to transformers with its slow processor.
 
-    python benchmarks/extract.py --images 128 --rounds 5
+    python benchmarks/extract.py --images 96 --rounds 4
 """
 
 from __future__ import annotations
 
-import io
-import json
-import statistics
 import tempfile
-import time
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import torch
-from machine_card import machine_card
+from bundles import PRECISIONS, bare_images, bundles_option, extraction, get_bundle, model_option
+from measure import cosines, ratio, report, speeds, table, take_turns
 from numpy.typing import NDArray
-from PIL import Image
+from rivals import FAST, SLOW, rivals
 
-from engine.bundle import load_bundle
 from engine.datasets import open_dataset
 from engine.machine import usable_cpus
 from engine.manifest import read_run
 from engine.shards import embeddings_of
-from engine.stream import Settings, extract
-from export.to_onnx import export_bundle
-from export.towers import RANDOM_MODEL, Checkpoint, load_checkpoint
+from export.checkpoint import load_checkpoint
 
-BATCH_SIZE = 32
+COSINES = ("min_cosine", "mean_cosine", "min_centred_cosine", "mean_centred_cosine")
+HEADER = ("", "images/s", "slowest", "fastest", "x slow", "x fast", "min cos", "mean", "centred min", "mean")
 
 
 @click.command()
-@click.option("--images", default=128, show_default=True, help="Images of the embedded sample, 32x32.")
-@click.option("--rounds", default=5, show_default=True, help="Turns of each contestant.")
-def main(images: int, rounds: int) -> None:
-    """Measure images/s of clipmill and of a transformers loop, in turns."""
-    card = machine_card()
-    for name, value in card.items():
-        click.echo(f"{name:<16} {value}")
+@click.option("--images", default=96, show_default=True, help="Images of the embedded sample.")
+@click.option("--rounds", default=4, show_default=True, help="Turns of each contestant.")
+@model_option
+@bundles_option
+def main(images: int, rounds: int, model: str, bundles: Path | None) -> None:
+    """Images/s of clipmill, and of what people take today, end to end."""
     torch.set_num_threads(usable_cpus())
-    with tempfile.TemporaryDirectory() as folder:
-        export_bundle(RANDOM_MODEL, Path(folder, "bundle"))
-        checkpoint = load_checkpoint(RANDOM_MODEL)
-        seconds: dict[str, list[float]] = {"transformers": [], "clipmill": []}
-        for turn in range(rounds + 1):
-            for contestant in seconds:
-                if contestant == "transformers":
-                    taken, expected = _transformers(checkpoint, images, Path(folder, "loop.npy"))
-                else:
-                    taken, found = _clipmill(Path(folder, "bundle"), images, Path(folder, f"run-{turn}"))
-                if turn:  # the first turn warms up
-                    seconds[contestant].append(taken)
-    speed = {name: images / statistics.median(times) for name, times in seconds.items()}
-    cosine = float((expected * found).sum(axis=1).min())
-    ratio = statistics.median(a / b for a, b in zip(seconds["transformers"], seconds["clipmill"], strict=True))
-    click.echo(f"\n{'':<16} {'images/s':>9} {'slowest':>9} {'fastest':>9}")
-    for name, times in seconds.items():
-        click.echo(f"{name:<16} {speed[name]:>9.1f} {images / max(times):>9.1f} {images / min(times):>9.1f}")
-    click.echo(f"ratio {ratio:.2f} (median of {rounds} turns), smallest cosine between the two {cosine:.7f}")
-    result = {"images": images, "rounds": rounds, "images_per_second": speed, "ratio": ratio, "min_cosine": cosine}
-    click.echo(json.dumps({"benchmark": "extract", "machine": card, **result}))
-
-
-def _transformers(checkpoint: Checkpoint, images: int, output: Path) -> tuple[float, NDArray[np.float32]]:
-    began = time.perf_counter()
-    embeddings = []
-    samples = list(open_dataset("cifar10-sample", "test", images).samples(0, images))
-    with torch.inference_mode():
-        for start in range(0, images, BATCH_SIZE):
-            encoded = [sample.image for sample in samples[start : start + BATCH_SIZE]]
-            pictures = [Image.open(io.BytesIO(image)).convert("RGB") for image in encoded if isinstance(image, bytes)]
-            inputs = checkpoint.processor(pictures, return_tensors="pt")
-            features = checkpoint.model.get_image_features(pixel_values=inputs.pixel_values)
-            embeddings.append(torch.nn.functional.normalize(features, dim=-1).numpy())
-    result = np.concatenate(embeddings)
-    np.save(output, result)
-    return time.perf_counter() - began, result
-
-
-def _clipmill(bundle: Path, images: int, output: Path) -> tuple[float, NDArray[np.float32]]:
     dataset = open_dataset("cifar10-sample", "test", images)
-    manifest = extract(load_bundle(bundle), dataset, output, Settings(provider="cpu", batch_size=BATCH_SIZE))
-    return manifest["summary"]["seconds"], embeddings_of(read_run(output)[1])
+    encoded = [sample.image for sample in dataset.samples(0, images) if isinstance(sample.image, bytes)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        exported = {precision: get_bundle(model, precision, bundles or folder) for precision in PRECISIONS}
+        contestants, absent = rivals(load_checkpoint(model), exported["fp32"].preprocessing, encoded, folder)
+        for precision, bundle in exported.items():
+            contestants[f"clipmill {precision}"] = extraction(bundle, dataset, folder / f"clipmill {precision}")
+            contestants[f"bare {precision}"] = bare_images(bundle, encoded)
+        seconds = take_turns(contestants, rounds)
+        embeddings = {name: _embeddings(folder, name) for name in contestants if _has_its_weights(name)}
+    found: dict[str, dict[str, Any]] = {
+        name: {
+            "images_per_second": speeds(images, taken),
+            "ratio_to_slow": ratio(seconds[SLOW], taken),
+            "ratio_to_fast": ratio(seconds[FAST], taken),
+            **(cosines(embeddings[name], embeddings[SLOW]) if name in embeddings else {}),
+        }
+        for name, taken in seconds.items()
+    }
+    over_bare = {
+        precision: ratio(seconds[f"clipmill {precision}"], seconds[f"bare {precision}"]) - 1 for precision in PRECISIONS
+    }
+    result = {"images": images, "rounds": rounds, "model": model, "contestants": found}
+    report("extract", _body(found, absent, over_bare), {**result, "absent": absent, "over_bare": over_bare})
+
+
+def _has_its_weights(name: str) -> bool:
+    """Whether a contestant writes embeddings of the same weights."""
+    return not name.startswith("bare") and name != "open_clip"
+
+
+def _embeddings(folder: Path, name: str) -> NDArray[np.float32]:
+    if name.startswith("clipmill"):
+        return embeddings_of(read_run(folder / name)[1])
+    loaded: NDArray[np.float32] = np.load(folder / f"{name}.npy")
+    return loaded
+
+
+def _body(found: dict[str, dict[str, Any]], absent: dict[str, str], over_bare: dict[str, float]) -> str:
+    rows = []
+    for contestant, values in found.items():
+        ratios = [f"{values[key]:.2f}" for key in ("ratio_to_slow", "ratio_to_fast")]
+        similar = [f"{values[name]:.6f}" if name in values else "" for name in COSINES]
+        rows.append([contestant, *values["images_per_second"].values(), *ratios, *similar])
+    notes = [f"{name}: {reason}" for name, reason in absent.items()]
+    notes += [
+        f"clipmill {precision} takes {cost:+.1%} against bare {precision}" for precision, cost in over_bare.items()
+    ]
+    return "\n".join([table(HEADER, rows), "", *notes])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from engine.machine import library_versions, usable_cpus
 
-LIBRARIES = ("onnxruntime-gpu", "onnxruntime", "torch", "transformers", "numpy", "pillow")
+LIBRARIES = (
+    "onnxruntime-gpu", "onnxruntime", "torch", "transformers", "open_clip_torch", "openvino", "numpy", "pillow",
+)  # fmt: skip
 
 
 def machine_card() -> dict[str, str | int]:
