@@ -235,7 +235,7 @@ def run_export(model: str, output: Path | None = None, provider: str = "cpu", pr
 @click.option("--batch-size", type=click.IntRange(min=1), help="Images a batch.  [default: 8 on CPU, 256 on CUDA]")
 @click.option("--workers", type=click.IntRange(min=1), help="Decode threads.  [default: usable CPUs]")
 @threads_option
-@click.option("--shard-size", type=click.IntRange(min=1), default=10_000, show_default=True, help="Rows a shard.")
+@click.option("--shard-size", type=click.IntRange(min=1), default=5_000, show_default=True, help="Rows a shard.")
 @click.option(
     "--format",
     type=click.Choice(["parquet", "arrow"]),

@@ -30,7 +30,7 @@ from engine.session import Tower
 from engine.shards import Reject, bundle_metadata, shard_schema, shard_table
 from engine.stages import Buffers, StageClock, overlapped
 
-SHARD_SIZE = 10_000  # rows: 20 MB of 512 float32 each
+SHARD_SIZE = 5_000  # rows: 10 MB of 512 float32 each; the rows of one shard are what memory grows by
 BATCH_SIZE = {
     "cpu": 8,  # equally fast from 4 to 16 a lane; 8 keeps the activations near the cache
     "cuda": 256,

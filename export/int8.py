@@ -16,9 +16,9 @@ without a word: the certificate would hold only on the machine that made it.
 Channels of very different ranges, which trained transformers have, spoil a scale that they share; so the LayerNorm
 before a product hands part of each channel's range to the weights (SmoothQuant, Xiao et al. 2023, equation 4 with
 alpha = 0.5). Four channels of the miniature made thirty times as large, the function unchanged: 0.989 without, 0.99993
-with it, at 8 bits. The patch embedding takes the pixels' levels as they are, and its bias absorbs what its weights' rounding does
-to an average image (0.9943 centred without, 0.9970 with it, at 8 bits). The last layer works on one token and stays in
-fp32, and so does attention.
+with it, at 8 bits. The patch embedding takes the pixels' levels as they are, and its bias absorbs what its weights'
+rounding does to an average image (0.9943 centred without, 0.9970 with it, at 8 bits). The last layer works on one token
+and stays in fp32, and so does attention.
 """
 
 from __future__ import annotations

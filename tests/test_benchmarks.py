@@ -81,7 +81,8 @@ def test_text_embeds_the_same_prompts_with_every_contestant(
     monkeypatch.setattr(module("text"), "PROMPTS", 70)  # more than a batch of transformers
     found = benchmark("text", "--model", "mini", "--rounds", "1")
     assert found["tokens"]["longest"] <= found["tokens"]["context"] == 32
-    assert set(found["contestants"]) == {"clipmill", "transformers, padded to the context", "transformers, padding=True"}
+    loops = {"transformers, padded to the context", "transformers, padding=True"}
+    assert set(found["contestants"]) == {"clipmill"} | loops
     for name, values in found["contestants"].items():
         assert {"prompts_per_second", "ratio_to_context", "ratio_to_longest"} <= set(values)
         assert values["min_cosine"] > (0.99 if name == "clipmill int8" else 0.9999)

@@ -249,7 +249,11 @@ def test_without_a_name_it_is_the_default_model(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ClipmillError, match=r"no bundle at models/clip-vit-base-patch32: .*cli\.py export"):
         find_bundle(None)
     default = make_bundle(tmp_path / "models" / "clip-vit-base-patch32")
-    assert find_bundle(None) == default
+    for provider in ("auto", "cpu", "cuda"):
+        assert find_bundle(None, provider) == default
+    half = make_bundle(tmp_path / "models" / "clip-vit-base-patch32-cuda-fp16")
+    assert find_bundle(None, "cuda") == half
+    assert find_bundle(None, "auto") == find_bundle(None, "cpu") == default
 
 
 def test_a_name_that_is_nowhere_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +268,8 @@ def test_a_name_that_is_nowhere_is_one_line(tmp_path: Path, monkeypatch: pytest.
 )
 def test_where_a_bundle_goes_by_default(model: str, folder: str) -> None:
     assert default_output(model) == Path("models") / folder
+    assert default_output(model, Target("cpu", "int8")) == Path("models") / f"{folder}-cpu-int8"
+    assert default_output(model, Target("cuda", "fp16")) == Path("models") / f"{folder}-cuda-fp16"
 
 
 # The cache of digests -----------------------------------------------------------------------------------------------

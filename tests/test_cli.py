@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -282,6 +283,22 @@ def test_a_checkpoint_that_is_not_clip_is_refused_and_nothing_is_written(workdir
     assert "bert checkpoint" in line
     assert "--model" in line
     assert [path.name for path in Path("models").iterdir()] == ["mini"]
+
+
+def test_int8_and_fp16_bundles_have_folders_of_their_own(workdir: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        for bundle in ("mini-cpu-int8", "mini-cuda-fp16"):
+            stack.callback(shutil.rmtree, Path("models") / bundle, ignore_errors=True)
+        int8 = run("export", "--model", "mini", "--precision", "int8")
+        assert int8.stdout.strip().endswith("models/mini-cpu-int8")
+        fp16 = run("export", "--model", "mini", "--provider", "cuda")
+        assert fp16.stdout.strip().endswith("models/mini-cuda-fp16")
+        assert "the certificate was made on the CPU" in fp16.stderr
+        assert "the certificate was" not in int8.stderr
+        refusal = error_of("extract", "--dataset", "digits", "--model", "mini-cpu-int8", "--provider", "cuda")
+        assert "an int8 bundle runs on the CPU only" in refusal
+        assert "--provider cpu" in refusal
+    assert "no int8 for the cuda provider" in error_of("export", "--provider", "cuda", "--precision", "int8")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind")
