@@ -4,7 +4,7 @@ All embed the same images with the same ViT-B/32 weights on the same number of t
 none. "bare" is the image tower alone, on the very batches and lanes of clipmill's run, their pixels decoded
 beforehand: the pipeline around it should cost next to nothing. Cosines are to transformers with its slow processor.
 
-    python benchmarks/extract.py --images 96 --rounds 4
+    python benchmarks/extract.py --images 64 --rounds 3
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ HEADER = ("", "images/s", "slowest", "fastest", "x slow", "x fast", "min cos", "
 
 
 @click.command()
-@click.option("--images", default=96, show_default=True, help="Images of the embedded sample.")
-@click.option("--rounds", default=4, show_default=True, help="Turns of each contestant.")
+@click.option("--images", default=64, show_default=True, help="Images of the embedded sample.")
+@click.option("--rounds", default=3, show_default=True, help="Turns of each contestant.")
 @model_option
 @bundles_option
 def main(images: int, rounds: int, model: str, bundles: Path | None) -> None:

@@ -3,7 +3,7 @@
 A lane is a thread that calls `tower.run`; each operator runs on one thread. Batches are ready before the clock starts:
 32x32 pixels of the embedded sample, and random tokens of the length of a usual prompt.
 
-    python benchmarks/session.py --rounds 3
+    python benchmarks/session.py --rounds 2
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Cell(NamedTuple):
 
 
 @click.command()
-@click.option("--rounds", default=3, show_default=True, help="Turns of each combination.")
+@click.option("--rounds", default=2, show_default=True, help="Turns of each combination.")
 @model_option
 @bundles_option
 def main(rounds: int, model: str, bundles: Path | None) -> None:

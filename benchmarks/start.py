@@ -5,7 +5,7 @@ there. transformers loads the same weights from a local folder, as `save_pretrai
 cache and the bundle's checksums are remembered, as they are from the second use on. `cli.py --help` is timed beside
 them: it loads nothing that it does not need.
 
-    python benchmarks/start.py --rounds 3
+    python benchmarks/start.py --rounds 2
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ with torch.inference_mode():
 
 
 @click.command()
-@click.option("--rounds", default=3, show_default=True, help="Starts of each.")
+@click.option("--rounds", default=2, show_default=True, help="Starts of each.")
 @model_option
 @bundles_option
 def main(rounds: int, model: str, bundles: Path | None) -> None:

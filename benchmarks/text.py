@@ -5,7 +5,7 @@
 random weights has no tokenizer, so all get the ids of the embedded model's, which are valid in the larger vocabulary.
 Tokenising and loading count for none, except that clipmill's time holds the opening of its session: each call opens it.
 
-    python benchmarks/text.py --rounds 3
+    python benchmarks/text.py --rounds 2
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Embed = Callable[[], NDArray[np.float32]]
 
 
 @click.command()
-@click.option("--rounds", default=3, show_default=True, help="Turns of each contestant.")
+@click.option("--rounds", default=2, show_default=True, help="Turns of each contestant.")
 @model_option
 @bundles_option
 def main(rounds: int, model: str, bundles: Path | None) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from engine.bundle import Bundle, Preprocessing
@@ -80,6 +81,8 @@ def extract(
     what runs where, `advanced` the number of rows just finished. Raises ClipmillError before anything is written when
     the provider cannot run or `output` holds something else.
     """
+    # Arrow's own allocator keeps what a shard took: 13 MiB more after 20,000 images than after 2,000, this one 5
+    pa.set_memory_pool(pa.system_memory_pool())
     image_size, resize = _where_to_resize(dataset.image_size, bundle.preprocessing)
     height, width = image_size
     fixed = {"batch": settings.batch_size or BATCH_SIZE["cuda"], "height": height, "width": width}

@@ -4,8 +4,8 @@ An image's embedding does not depend on its batch-mates, to the bit: every scale
 are was chosen by measurement (time of a ViT-B/32 on one AVX-512 VNNI core against fp32; mean cosine of the trained
 miniature; mean cosine of random ViT-B/32 weights after subtracting the mean embedding):
 
-    static scale, weights of 8 bits      2.6x  0.99993  0.9975
-    static scale, weights of 7 bits      2.6x  0.99987  0.9937   <- this file
+    static scale, weights of 8 bits      2.6x  0.99995  0.9985
+    static scale, weights of 7 bits      2.6x  0.99991  0.9966   <- this file
     a scale for each token               2.2x  0.99997  0.9985
     a scale for each batch (dynamic)     2.7x  depends on the batch
     MatMulNBits, 8 bits, blocks of 256   1.2x  a scale for each block of each token

@@ -61,7 +61,7 @@ def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float3
 def test_int8_is_close_to_fp32_and_decides_the_same(mini: Bundle, mini_int8: Bundle, pixels: NDArray[np.uint8]) -> None:
     certificate = mini_int8.certificate
     assert certificate["bar"] == {"mean_cosine": 0.99, "top1_agreement": 0.98}
-    # measured 0.99984 and 0.996
+    # measured 0.99990 and 0.996
     assert certificate["image"]["mean_cosine"] > 0.9995
     assert certificate["top1_agreement"] > 0.99
     assert certificate["text"]["min_cosine"] > 0.999999  # the text tower stays in fp32
@@ -74,8 +74,8 @@ def test_int8_of_random_weights_keeps_what_tells_images_apart(tmp_path: Path) ->
     """Embeddings of random weights differ little from each other, so the centred cosine is the one that counts."""
     certificate = export_bundle("random-vit-b-32", tmp_path / "bundle", INT8).certificate
     print(certificate["image"])
-    assert certificate["image"]["mean_cosine"] > 0.999  # measured 0.9997
-    assert certificate["image"]["mean_centred_cosine"] > 0.98  # measured 0.993
+    assert certificate["image"]["mean_cosine"] > 0.999  # measured 0.9998
+    assert certificate["image"]["mean_centred_cosine"] > 0.98  # measured 0.996
 
 
 def test_an_int8_embedding_does_not_depend_on_its_batch(mini_int8: Bundle, pixels: NDArray[np.uint8]) -> None:
