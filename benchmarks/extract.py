@@ -17,7 +17,7 @@ import click
 import numpy as np
 import torch
 from bundles import PRECISIONS, bare_images, bundles_option, extraction, get_bundle, model_option
-from measure import cosines, ratio, report, speeds, table, take_turns
+from measure import ratio, report, speeds, table, take_turns
 from numpy.typing import NDArray
 from rivals import FAST, SLOW, rivals
 
@@ -26,6 +26,7 @@ from engine.machine import usable_cpus
 from engine.manifest import read_run
 from engine.shards import embeddings_of
 from export.checkpoint import load_checkpoint
+from export.verify import cosines
 
 COSINES = ("min_cosine", "mean_cosine", "min_centred_cosine", "mean_centred_cosine")
 HEADER = ("", "images/s", "slowest", "fastest", "x slow", "x fast", "min cos", "mean", "centred min", "mean")

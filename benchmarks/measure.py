@@ -58,25 +58,6 @@ def speeds(items: int, seconds: Sequence[float]) -> dict[str, float]:
     return {name: round(items / taken, 1) for name, taken in chosen.items()}
 
 
-def cosines(found: NDArray[np.float32], reference: NDArray[np.float32]) -> dict[str, float]:
-    """Smallest and mean cosine of unit rows to the reference's; "centred": after subtracting the reference's mean row.
-
-    Embeddings of random weights are within a cosine of 0.9 of each other, whatever the image: only the centred one
-    would tell them apart.
-    """
-    mean = reference.mean(axis=0)
-    plain, centred = (
-        (found * reference).sum(axis=1),
-        (unit_rows(found - mean) * unit_rows(reference - mean)).sum(axis=1),
-    )
-    return {
-        "min_cosine": float(plain.min()),
-        "mean_cosine": float(plain.mean()),
-        "min_centred_cosine": float(centred.min()),
-        "mean_centred_cosine": float(centred.mean()),
-    }
-
-
 def unit_rows(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """Rows divided by their L2 norm."""
     norms: NDArray[np.float32] = np.linalg.norm(rows, axis=1, keepdims=True)

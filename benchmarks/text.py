@@ -20,7 +20,7 @@ import click
 import numpy as np
 import torch
 from bundles import bundles_option, get_bundle, model_option
-from measure import cosines, ratio, report, speeds, table, take_turns, timed, unit_rows
+from measure import ratio, report, speeds, table, take_turns, timed, unit_rows
 from numpy.typing import NDArray
 from rivals import transformers_model
 
@@ -28,6 +28,7 @@ from engine.machine import usable_cpus
 from engine.text import embed_tokens
 from engine.tokenizer import tokenize
 from export.checkpoint import load_checkpoint
+from export.verify import cosines
 from probes.prompts import fill_template, read_prompts
 
 PROMPTS = 415  # as many as the thesis' largest vocabulary has

@@ -29,8 +29,8 @@ BARS = {  # by precision
     "int8": {"mean_cosine": 0.99, "top1_agreement": 0.98},
 }
 FP16_ON_CPU = (
-    "made on the CPU, which computes fp16 operators in float32 between roundings to fp16: it covers the rounding of "
-    "weights and activations, not how the GPU accumulates, nor overflow inside its kernels"
+    "made on the CPU, where ONNX Runtime computes in float32 and skips most roundings to fp16 in between: it covers "
+    "the weights' rounding, not that of the GPU's activations, nor how the GPU accumulates, nor overflow there"
 )
 CUDA_ON_CPU = "made on the CPU: it covers the graph, not the GPU's kernels"
 
@@ -57,8 +57,8 @@ def certify(bundle: Bundle, checkpoint: Checkpoint) -> dict[str, Any]:
         "images": len(images),
         "prompts": len(input_ids),
         "prompts_are": "class prompts" if bundle.has_tokenizer else "random tokens: the checkpoint has no tokenizer",
-        "image": _cosines(image, reference_image),
-        "text": _cosines(text, reference_text),
+        "image": cosines(image, reference_image),
+        "text": cosines(text, reference_text),
         "top1_agreement": None,
         "bar": BARS[bundle.target.precision],
     }
@@ -139,7 +139,8 @@ def _unit_rows(x: torch.Tensor) -> NDArray[np.float32]:
     return torch.nn.functional.normalize(x, dim=-1).numpy()
 
 
-def _cosines(embeddings: NDArray[np.float32], reference: NDArray[np.float32]) -> dict[str, float]:
+def cosines(embeddings: NDArray[np.float32], reference: NDArray[np.float32]) -> dict[str, float]:
+    """Smallest and mean cosine of rows to the reference's, as they are and after subtracting its mean row."""
     if embeddings.shape != reference.shape:
         raise ClipmillError(
             f"the exported tower returns embeddings of shape {embeddings.shape}, the reference {reference.shape}: "

@@ -83,9 +83,9 @@ def test_text_embeds_the_same_prompts_with_every_contestant(
     assert found["tokens"]["longest"] <= found["tokens"]["context"] == 32
     loops = {"transformers, padded to the context", "transformers, padding=True"}
     assert set(found["contestants"]) == {"clipmill"} | loops
-    for name, values in found["contestants"].items():
+    for values in found["contestants"].values():
         assert {"prompts_per_second", "ratio_to_context", "ratio_to_longest"} <= set(values)
-        assert values["min_cosine"] > (0.99 if name == "clipmill int8" else 0.9999)
+        assert values["min_cosine"] > 0.9999
 
 
 def test_the_prompts_are_as_many_as_promised_and_end_where_a_larger_vocabulary_ends(
