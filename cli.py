@@ -24,7 +24,7 @@ DEFAULT_TEMPLATE = "a photo of a {}"
 EXPORTABLE = (
     "a hub id, a folder with a Hugging Face checkpoint, mini (embedded) and random-vit-b-32 (untrained, for benchmarks)"
 )
-BENCHMARKS = ("extract", "session", "text", "decode", "memory", "start", "all")
+BENCHMARKS = ("extract", "session", "text", "decode", "memory", "start", "kernels", "all")
 EXPORT_EXTRA = {"torch", "transformers", "optimum", "onnx", "onnxscript", "huggingface_hub"}
 
 

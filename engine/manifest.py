@@ -13,16 +13,18 @@ import dataclasses
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from numpy.typing import NDArray
 
+from engine.bundle import Bundle
 from engine.errors import ClipmillError
 from engine.files import read_json, sha256_file, write_json
-from engine.shards import Reject, read_table, reject_table, write_table
+from engine.shards import Reject, embedding_blocks, read_table, reject_table, write_table
 
 FORMAT_VERSION = 1
 OWN_FILES = ("part-[0-9]*", "rejects.parquet", ".part-[0-9]*.tmp", ".rejects.parquet.*.tmp", ".manifest.json.*.tmp")
@@ -148,6 +150,20 @@ class Run:
         return self.path.is_dir() and all(file.match(".manifest.json.*.tmp") for file in self.path.iterdir())
 
 
+def holds_run_of(path: Path, bundle: Bundle, dataset: str, split: str, classes: int | None) -> bool:
+    """Whether a complete run of this bundle over this split, cut down to so many classes or not at all, is at path."""
+    if not _holds_run(path):
+        return False
+    manifest = read_manifest(path)
+    found = manifest["fingerprint"]
+    return (
+        manifest["status"] == "complete"
+        and (found["bundle"], found["dataset"], found["split"]) == (bundle.fingerprint, dataset, split)
+        and found["sample"] is found["limit"] is None
+        and (None if found["classes"] is None else len(found["classes"])) == classes
+    )
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """manifest.json of a run; ClipmillError where there is none or it is of another format version."""
     if not _holds_run(path):
@@ -163,6 +179,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def read_run(path: Path) -> tuple[dict[str, Any], pa.Table]:
     """The manifest and the table of a complete run whose every shard is the file that was committed."""
+    manifest = _checked(path)
+    return manifest, pa.concat_tables(read_table(path / shard["file"]) for shard in manifest["shards"])
+
+
+def run_embeddings(path: Path) -> Iterator[NDArray[Any]]:
+    """The embeddings of such a run in blocks (n, dim), which never stand in memory together."""
+    for shard in _checked(path)["shards"]:
+        yield from embedding_blocks(path / shard["file"])
+
+
+def _checked(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     if manifest["status"] != "complete":
         raise ClipmillError(f"the run at {path} is not complete: run its extract command again to finish it")
@@ -170,7 +197,7 @@ def read_run(path: Path) -> tuple[dict[str, Any], pa.Table]:
         file = path / shard["file"]
         if not file.is_file() or sha256_file(file) != shard["sha256"]:
             raise ClipmillError(f"{file} is missing or not the shard that was written: extract again with --overwrite")
-    return manifest, pa.concat_tables(read_table(path / shard["file"]) for shard in manifest["shards"])
+    return manifest
 
 
 def _holds_run(path: Path) -> bool:

@@ -7,7 +7,7 @@ embedding FixedSizeList<float>[dim].
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,23 @@ def read_table(path: Path) -> pa.Table:
         if path.suffix == ".arrow":
             return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         return pq.read_table(path, partitioning=None)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ClipmillError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+
+
+def embedding_blocks(path: Path) -> Iterator[NDArray[Any]]:
+    """The embeddings of a shard in blocks (n, dim): batches of a memory-mapped Arrow file, or 4,096 rows of Parquet.
+
+    ClipmillError names a file that cannot be read.
+    """
+    try:
+        if path.suffix == ".arrow":
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+        else:
+            batches = pq.ParquetFile(path).iter_batches(batch_size=4096, columns=["embedding"])
+        for batch in batches:
+            yield embeddings_of(pa.Table.from_batches([batch]))
     except (OSError, pa.ArrowInvalid) as error:
         raise ClipmillError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
 

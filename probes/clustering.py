@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.cluster import KMeans
 
-from engine.kernels import purity
+from engine.counting import purity
 from probes.common import Result, check_labels
 
 

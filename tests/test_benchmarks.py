@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -38,7 +39,8 @@ def benchmark(module: Callable[[str], ModuleType], bundles: Path, mini: Bundle) 
     """Run one in this process, where torch is loaded already; what its last line holds."""
 
     def run(name: str, *options: str) -> dict[str, Any]:
-        result = CliRunner().invoke(module(name).main, [*options, "--bundles", str(bundles)], catch_exceptions=False)
+        shared = () if name in module("all").WITHOUT_BUNDLES else ("--bundles", str(bundles))
+        result = CliRunner().invoke(module(name).main, [*options, *shared], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         card, body = result.stdout.split("\n\n", 1)
         body, last_line = body.rstrip("\n").rsplit("\n\n", 1)
@@ -128,6 +130,30 @@ def test_start_compares_fresh_processes(benchmark: Benchmark) -> None:
         assert set(values) == {"seconds", "ratio_to_transformers"}
 
 
+def test_kernels_compares_what_computes_the_same_and_names_the_limit(
+    benchmark: Benchmark, module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = module("kernels")
+    small = {"TRIAD_NUMBERS": 1000, "CACHED_PASSES": 2, "IMAGES": 70, "LABELS": 5000, "BLOCKWISE_ROWS": (10, 5000)}
+    for name, value in small.items():
+        monkeypatch.setattr(kernels, name, value)
+    monkeypatch.setattr(kernels, "CASES", (kernels.Case(70, 8, 25, 2), kernels.Case(70, 8, 1, 1)))
+    found = benchmark("kernels", "--rounds", "1")
+    assert set(found["limits"]) == {"gigabytes_per_second", "gigaexponentials_per_second"}
+    for case in found["entropies"]:
+        assert set(case["ratios"]) == {"SciPy", "NumPy", "torch"}
+        assert case["limit"] in ("STREAM triad", "exponentials")
+        assert case["share_of_limit"] > 0
+    assert len(found["others"]) == 6
+    assert all(values["ratios"] for values in found["others"].values())
+    assert [values["rows"] for values in found["blockwise"]] == [10, 5000]
+
+
+def test_kernels_refuses_a_contestant_that_computes_something_else(module: Callable[[str], ModuleType]) -> None:
+    with pytest.raises(click.ClickException, match="rival computes something else"):
+        module("kernels")._check_same({"clipmill": [1.0, 2.0], "rival": [1.0, 2.1]})
+
+
 def test_turns_are_interleaved_and_the_first_does_not_count(module: Callable[[str], ModuleType]) -> None:
     measure = module("measure")
     called: list[str] = []
@@ -153,11 +179,12 @@ def test_all_runs_every_benchmark_on_shared_bundles_and_writes_one_page(
         (tmp_path / f"{name}.py").write_text(
             f'"""What {name} measures.\n\nAnd how.\n\n    python benchmarks/{name}.py\n"""\n'
             "import sys\n"
-            "assert sys.argv[1] == '--bundles'\n"
+            f"assert sys.argv[1:2] == {['--bundles'] if name == 'one' else []}\n"
             f"print('processor  P\\nmemory     1\\n\\nspeed of {name}\\n\\nsaid of it\\n\\n{{}}')\n"
         )
     monkeypatch.setattr(module("all"), "FOLDER", tmp_path)
     monkeypatch.setattr(module("all"), "NAMES", ("one", "two"))
+    monkeypatch.setattr(module("all"), "WITHOUT_BUNDLES", {"two"})
     result = CliRunner().invoke(module("all").main, ["--output", str(tmp_path / "RESULTS.md")], catch_exceptions=False)
     assert result.exit_code == 0
     page = (tmp_path / "RESULTS.md").read_text()

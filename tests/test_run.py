@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from engine.errors import ClipmillError
 from engine.files import read_json, write_json
-from engine.manifest import Run, ShardRange, read_manifest, read_run
+from engine.manifest import Run, ShardRange, read_manifest, read_run, run_embeddings
 from engine.shards import Reject, embeddings_of, read_table, shard_schema, shard_table, write_table
 
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -205,6 +205,19 @@ def test_a_complete_run_reads_as_one_table(suffix: str, tmp_path: Path) -> None:
         assert shard["seconds"] == 1.5
     assert (manifest["status"], manifest["written"], manifest["rejected"]) == ("complete", 10, 0)
     assert names_in(tmp_path) == ["manifest.json", *(f"part-0000{index}.{suffix}" for index in range(3))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_the_embeddings_of_a_run_in_blocks(suffix: str, dtype: str, tmp_path: Path) -> None:
+    # shards larger than a block of Parquet
+    make_run(tmp_path, rows=12_000, shard_size=5000, suffix=suffix, dtype=dtype)
+    _, table = read_run(tmp_path)
+    blocks = list(run_embeddings(tmp_path))
+    assert len(blocks) >= 3
+    assert max(map(len, blocks)) <= 5000
+    assert {block.dtype for block in blocks} == {np.dtype(dtype)}
+    np.testing.assert_array_equal(np.concatenate(blocks), embeddings_of(table))
 
 
 def test_rejects_are_gathered_in_row_order(tmp_path: Path) -> None:
