@@ -72,10 +72,13 @@ def test_empty_standard_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_neither_a_set_nor_a_file() -> None:
-    with pytest.raises(
-        ClipmillError, match=r"--prompts generic-31 is neither a built-in .*\(generic-32.*\) nor a file"
-    ):
+    with pytest.raises(ClipmillError) as error:
         read_prompts("generic-31")
+    assert str(error.value) == (
+        f"--prompts generic-31 is neither a built-in prompt set ({', '.join(prompt_sets())}) nor a file with one "
+        "prompt a line"
+    )
+    assert next(iter(prompt_sets())) == "alternative-32"
 
 
 def test_a_folder_is_no_prompt_file(tmp_path: Path) -> None:
@@ -90,6 +93,15 @@ def test_a_template_takes_each_name_as_it_is() -> None:
     ]
     assert fill_template("{}: {{x}}, {}", ["cat"]) == ["cat: {x}, cat"]
     assert fill_template("a photo of a {}", []) == []
+
+
+def test_a_raw_name_keeps_its_underscores() -> None:
+    names = ["airplane", "maple_tree"]
+    assert fill_template("a photo of a {raw}", names) == [
+        "a photo of a airplane",
+        "a photo of a maple_tree",
+    ]
+    assert fill_template("{raw}: {}, {a}, {{raw}}", names[1:2]) == ["maple_tree: maple tree, a maple tree, {raw}"]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +138,8 @@ def test_a_template_takes_names_with_their_article(name: str, filled: str) -> No
         "a {a!r}",
         "a {:>9}",
         "a {a.x}",
+        "a {raw.x}",
+        "a {raw!s}",
         "a {",
         "a }",
         "{a} {",

@@ -1,6 +1,8 @@
 """Prompts: the built-in sets (each *.txt in this folder, one prompt a line), files of one's own, class-name templates.
 
-generic-32 holds the 32 prompts of the thesis "What Do Vision-Language Models Understand? Dissecting CLIP".
+generic-32 holds the 32 prompts of the thesis "What Do Vision-Language Models Understand? Dissecting CLIP". The others
+are our own: generic-99, -205 and -415 begin with those 32, each with all of the one before; alternative-32 shares
+nothing with them. They name no class of CIFAR-10 or CIFAR-100, and food-32 no dish of Food-101.
 """
 
 import re
@@ -40,14 +42,15 @@ def read_prompts(name_or_file: str) -> list[str]:
 def fill_template(template: str, names: Iterable[str]) -> list[str]:
     """One prompt a class name: `{}` becomes the name, `{a}` the name with its indefinite article, `{{` a brace.
 
-    "a photo of {a}" makes "a photo of an airplane". Underscores in names become spaces. Raises ClipmillError where the
-    template holds neither placeholder or any other, and for a blank name.
+    "a photo of {a}" makes "a photo of an airplane". Underscores in names become spaces, except in `{raw}`, the name as
+    the dataset has it. Raises ClipmillError where the template holds none of these or any other, and for a blank name.
     """
     parts = _parse(template)
-    readable = [name.replace("_", " ").strip() for name in names]
+    raw = list(names)
+    readable = [name.replace("_", " ").strip() for name in raw]
     if "" in readable:
         raise ClipmillError(f"class name {readable.index('')} is blank: --template has nothing to put in its place")
-    forms = {"": readable}
+    forms = {"": readable, "raw": raw}
     if "a" in {field for _, field in parts}:
         forms["a"] = _with_articles(readable)
     return [
@@ -73,7 +76,7 @@ def _read(name_or_file: str) -> tuple[str, bytes]:
 
 def _parse(template: str) -> list[tuple[str, str | None]]:
     """The template as (text, placeholder after it or None)."""
-    mistake = f'--template "{template}" must hold {{}} (the class name) or {{a}} (the name with a or an)'
+    mistake = f'--template "{template}" must hold {{}} (the class name), {{a}} (with a or an) or {{raw}}'
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
@@ -81,7 +84,7 @@ def _parse(template: str) -> list[tuple[str, str | None]]:
     if all(field is None for _, field, _, _ in parts):
         raise ClipmillError(mistake)
     for _, field, form, conversion in parts:
-        if field not in (None, "", "a") or form or conversion:
+        if field not in (None, "", "a", "raw") or form or conversion:
             raise ClipmillError(f"{mistake} and no other placeholder")
     return [(literal, field) for literal, field, _, _ in parts]
 
