@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from engine.counting import purity
 from probes.common import Result, check_labels
@@ -12,8 +13,9 @@ def cluster(X: npt.ArrayLike, y: npt.ArrayLike, n_clusters: int | None = None, r
     """Cluster X (N, D) with k-means and compare the clusters with the labels y (N,) integers.
 
     n_clusters defaults to the number of distinct labels; the best of ten starts counts, as in the thesis "What Do
-    Vision-Language Models Understand? Dissecting CLIP". Returns probe, purity, chance, clusters, classes, rows and
-    inertia (the sum of squared distances to the cluster centres). chance is the purity of the same cluster sizes dealt
+    Vision-Language Models Understand? Dissecting CLIP". Returns probe, purity, ari (adjusted Rand index), nmi
+    (normalised mutual information), chance, clusters, classes, rows and inertia (the sum of squared distances to the
+    cluster centres). chance is the purity of the same cluster sizes dealt
     out at random (a permutation of the assignment, seeded with random_state): unlike accuracy's, it is not 1 / classes.
     Raises ValueError for rows without a label and for more clusters than rows.
     """
@@ -27,6 +29,8 @@ def cluster(X: npt.ArrayLike, y: npt.ArrayLike, n_clusters: int | None = None, r
     return {
         "probe": "cluster",
         "purity": purity(labels, kmeans.labels_),
+        "ari": float(adjusted_rand_score(labels, kmeans.labels_)),
+        "nmi": float(normalized_mutual_info_score(labels, kmeans.labels_)),
         "chance": purity(labels, shuffled),
         "clusters": clusters,
         "classes": classes,

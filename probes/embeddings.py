@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from engine.errors import ClipmillError
-from engine.manifest import read_run
+from engine.files import sha256_json
+from engine.manifest import read_manifest, read_run, run_embeddings
 from engine.shards import embeddings_of, read_table
 
 
@@ -31,12 +33,32 @@ class ImageEmbeddings:
     split: str
     bundle: str  # fingerprint
     bundle_name: str
+    digest: str  # sha256 over those of the shards: the same embeddings, keys and labels
+
+    def decided(self) -> list[str]:
+        """The names of `classes`; ClipmillError where there are none."""
+        if not self.classes:
+            raise ClipmillError(f"the run at {self.path} has no classes, so there is nothing to decide between")
+        return [self.class_names[label] for label in self.classes]
 
     def positions(self) -> NDArray[np.int64]:
         """(N,) the position of each label in `classes`, -1 where it is unknown."""
         position = np.full(len(self.class_names) + 1, -1)
         position[list(self.classes)] = np.arange(len(self.classes))
         return position[self.y]  # the label -1 takes the last, which stays -1
+
+
+@dataclass(frozen=True)
+class RunBlocks:
+    """A complete run to be read block by block, however large it is."""
+
+    path: Path
+    bundle: str  # fingerprint
+    bundle_name: str
+
+    def embeddings(self) -> Iterator[NDArray[Any]]:
+        """Blocks (n, dim) of unit rows; the shards are verified first."""
+        return run_embeddings(self.path)
 
 
 @dataclass(frozen=True)
@@ -67,7 +89,15 @@ def load_run(path: str | Path) -> ImageEmbeddings:
         split=metadata["split"],
         bundle=metadata["bundle"],
         bundle_name=manifest["bundle"]["name"],
+        digest=sha256_json([shard["sha256"] for shard in manifest["shards"]]),
     )
+
+
+def open_run(path: str | Path) -> RunBlocks:
+    """A run folder whose embeddings are not read yet; ClipmillError when it is none."""
+    path = Path(path).expanduser()
+    manifest = read_manifest(path)
+    return RunBlocks(path, manifest["fingerprint"]["bundle"], manifest["bundle"]["name"])
 
 
 def load_text_table(path: str | Path) -> TextEmbeddings:
@@ -79,7 +109,7 @@ def load_text_table(path: str | Path) -> TextEmbeddings:
     return TextEmbeddings(table.column("prompt").to_pylist(), embeddings_of(table), _metadata(table, path)["bundle"])
 
 
-def require_same_bundle(first: ImageEmbeddings, second: ImageEmbeddings | TextEmbeddings) -> None:
+def require_same_bundle(first: ImageEmbeddings | RunBlocks, second: ImageEmbeddings | TextEmbeddings) -> None:
     """ClipmillError unless both come from one bundle: embeddings of different models have nothing in common."""
     if first.bundle != second.bundle:
         what = f"the run at {second.path}" if isinstance(second, ImageEmbeddings) else "the text embeddings"
@@ -95,6 +125,12 @@ def require_same_classes(train: ImageEmbeddings, test: ImageEmbeddings) -> None:
         raise ClipmillError(
             f"the runs at {train.path} and {test.path} have different classes ({_short(train.class_names)} and "
             f"{_short(test.class_names)}): --train and --test must come from the same dataset"
+        )
+    if train.classes != test.classes:
+        names = [_short(tuple(run.class_names[label] for label in run.classes)) for run in (train, test)]
+        raise ClipmillError(
+            f"the runs at {train.path} and {test.path} are cut down to different classes ({' and '.join(names)}): "
+            "extract both with the same --classes"
         )
 
 

@@ -11,27 +11,39 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d, validate_data
 
-from engine.kernels import Floats, check_tau, cosine_logits, softmax
-from probes.common import Result, check_labels, check_text_embeddings, entropy_fields
+from engine.kernels import Floats, check_tau, cosine_logits, normalise, softmax, top_k
+from probes.common import Result, check_labels, check_text_embeddings, decision_fields, entropy_fields
 
 
 def zero_shot(X: npt.ArrayLike, y: npt.ArrayLike, text_embeddings: npt.ArrayLike, tau: float = 1.0) -> Result:
     """Score zero-shot classification of the image embeddings X (N, D) with labels y (N,) integers.
 
-    text_embeddings (K, D) holds one row a class, in label order. Returns probe, accuracy, chance (1 / classes), rows,
-    classes, tau, mean_entropy (nats, of softmax(z / tau)) and max_entropy (log K). Raises ValueError for rows without
+    text_embeddings (K, D) holds one row a class, in label order. Returns probe, the fields of `decision_fields` and
+    `entropy_fields`, top5_accuracy where there are more than five classes, and rows. Raises ValueError for rows without
     a label, labels that no text embedding stands for, and whatever `ZeroShotClassifier` refuses.
     """
     labels = check_labels(X, y)
     classifier = ZeroShotClassifier(text_embeddings, tau=tau).fit(X, labels)
+    logits = cosine_logits(X, text_embeddings)
+    five = {}
+    if logits.shape[1] > 5:
+        five["top5_accuracy"] = float((top_k(logits, 5) == labels[:, None]).any(axis=1).mean())
     return {
         "probe": "zero-shot",
-        "accuracy": float(classifier.score(X, labels)),
-        "chance": 1 / len(classifier.classes_),
+        **decision_fields(labels, classifier.predict(X), classifier.classes_),
+        **five,
         "rows": len(labels),
-        "classes": len(classifier.classes_),
-        **entropy_fields(cosine_logits(X, text_embeddings), tau),
+        **entropy_fields(logits, tau),
     }
+
+
+def ensemble(text_embeddings: npt.ArrayLike) -> Floats:
+    """One embedding a class from several templates: (T, K, D) to (K, D), the mean of unit rows, made unit again.
+
+    Source: Radford et al. (2021), section 3.1.4.
+    """
+    templates = [normalise(template, "text embeddings") for template in np.asarray(text_embeddings)]
+    return normalise(np.mean(templates, axis=0), "text embeddings")
 
 
 class ZeroShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]

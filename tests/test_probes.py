@@ -14,6 +14,13 @@ from scipy.special import softmax
 from scipy.stats import entropy
 from sklearn.base import clone
 from sklearn.cluster import KMeans
+from sklearn.metrics import (
+    adjusted_rand_score,
+    classification_report,
+    confusion_matrix,
+    normalized_mutual_info_score,
+    top_k_accuracy_score,
+)
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.pipeline import make_pipeline
@@ -22,9 +29,10 @@ from sklearn.svm import SVC
 from sklearn.utils.estimator_checks import check_estimator
 
 from probes.clustering import cluster
-from probes.linear import baseline, baseline_classifier, class_agnostic, class_agnostic_classifier
+from probes.common import name_classes
+from probes.linear import baseline, class_agnostic, class_agnostic_classifier
 from probes.logits import PromptLogits
-from probes.zero_shot import ZeroShotClassifier, zero_shot
+from probes.zero_shot import ZeroShotClassifier, ensemble, zero_shot
 
 Array = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -45,6 +53,30 @@ def class_directions() -> Array:
 
 def random_text(prompts: int, dimensions: int) -> Array:
     return np.random.default_rng(2).normal(size=(prompts, dimensions)).astype(np.float32)
+
+
+def decisions(y: Labels, predicted: npt.NDArray[Any], classes: list[int]) -> dict[str, Any]:
+    """The fields that tell how well labels were predicted, by scikit-learn's metrics."""
+    labels = sorted({*classes, *y.tolist()})
+    report = classification_report(y, predicted, labels=labels, output_dict=True, zero_division=0)
+    by_f1 = sorted(labels, key=lambda label: -report[str(label)]["f1-score"])
+    return {
+        "accuracy": (predicted == y).mean(),
+        "chance": 1 / len(classes),
+        "classes": len(classes),
+        "per_class": [
+            {
+                "label": label,
+                **{name: report[str(label)][name] for name in ("precision", "recall")},
+                "f1": report[str(label)]["f1-score"],
+                "rows": report[str(label)]["support"],
+            }
+            for label in labels
+        ],
+        "best": by_f1[:3],
+        "worst": by_f1[::-1][:3],
+        "confusion": confusion_matrix(y, predicted, labels=labels).tolist(),
+    }
 
 
 # --- scikit-learn's conventions ---
@@ -203,17 +235,50 @@ def test_zero_shot_result() -> None:
     z = cosine_similarity(X.astype(np.float64), class_directions().astype(np.float64))
     assert result == {
         "probe": "zero-shot",
-        "accuracy": (z.argmax(axis=1) == y).mean(),
-        "chance": 0.25,
+        **decisions(y, z.argmax(axis=1), [0, 1, 2, 3]),
         "rows": 200,
-        "classes": 4,
         "tau": 0.1,
         "mean_entropy": pytest.approx(entropy(softmax(z / 0.1, axis=1), axis=1).mean(), abs=1e-5),
         "max_entropy": math.log(4),
+        "confidence": pytest.approx(softmax(z / 0.1, axis=1).max(axis=1).mean(), abs=1e-5),
     }
     assert 0.5 < result["accuracy"] < 1
-    # Rows of some classes only are scored against all of them.
-    assert zero_shot(X[y < 2], y[y < 2], class_directions())["classes"] == 4
+
+
+def test_zero_shot_scores_rows_of_some_classes_against_all_of_them() -> None:
+    X, y = embeddings(200, 0)
+    few = np.isin(y, [0, 3])
+    z = cosine_similarity(X[few], class_directions())
+    result = zero_shot(X[few], y[few], class_directions())
+    expected = decisions(y[few], z.argmax(axis=1), [0, 1, 2, 3])
+    assert {name: result[name] for name in expected} == expected
+    assert [row["rows"] for row in result["per_class"]] == [(y == 0).sum(), 0, 0, (y == 3).sum()]
+
+
+@pytest.mark.parametrize(("classes", "five"), [(5, False), (6, True), (20, True)])
+def test_zero_shot_has_a_top_5_accuracy_where_there_are_more_than_five_classes(classes: int, five: bool) -> None:
+    text = random_text(classes, DIMENSIONS)
+    y = np.arange(100) % classes
+    X = text[y] + np.random.default_rng(0).normal(0, 3, (100, DIMENSIONS)).astype(np.float32)
+    result = zero_shot(X, y, text)
+    assert ("top5_accuracy" in result) == five
+    if five:
+        z = cosine_similarity(X.astype(np.float64), text.astype(np.float64))
+        assert result["top5_accuracy"] == top_k_accuracy_score(y, z, k=5, labels=range(classes))
+        assert result["accuracy"] < result["top5_accuracy"] < 1
+
+
+def test_an_ensemble_is_the_mean_of_unit_rows_made_unit_again() -> None:
+    templates = np.random.default_rng(3).normal(size=(3, CLASSES, DIMENSIONS)) * [[[1]], [[10]], [[0.1]]]
+    expected = np.empty((CLASSES, DIMENSIONS))
+    for k in range(CLASSES):
+        mean = sum(template[k] / np.linalg.norm(template[k]) for template in templates) / 3
+        expected[k] = mean / np.linalg.norm(mean)
+    np.testing.assert_allclose(ensemble(templates), expected, atol=1e-6)
+    alone = templates[0] / np.linalg.norm(templates[0], axis=1, keepdims=True)
+    np.testing.assert_allclose(ensemble(templates[:1]), alone, atol=1e-6)
+    with pytest.raises(ValueError, match="row 0 of the text embeddings is all zeros"):
+        ensemble([class_directions(), -class_directions()])
 
 
 @pytest.mark.parametrize("y", [[0, 4], ["0", "1"], [-1, 0]])
@@ -228,12 +293,9 @@ def test_zero_shot_refuses_labels_without_a_text_embedding(y: list[Any]) -> None
 def test_baseline_is_a_scaler_and_a_linear_svm() -> None:
     (X, y), (test_X, test_y) = embeddings(120, 0), embeddings(60, 3)
     reference = make_pipeline(StandardScaler(), SVC(kernel="linear", C=1.0, random_state=42)).fit(X, y)
-    np.testing.assert_array_equal(baseline_classifier().fit(X, y).predict(test_X), reference.predict(test_X))
     assert baseline(X, y, test_X, test_y) == {
         "probe": "baseline",
-        "accuracy": reference.score(test_X, test_y),
-        "chance": 0.25,
-        "classes": 4,
+        **decisions(test_y, reference.predict(test_X), [0, 1, 2, 3]),
         "train_rows": 120,
         "test_rows": 60,
     }
@@ -249,21 +311,71 @@ def test_class_agnostic_is_a_linear_svm_on_scaled_cosines(tau: float) -> None:
     np.testing.assert_array_equal(predicted, reference.predict(test_z / tau))
     assert class_agnostic(X, y, test_X, test_y, text, tau) == {
         "probe": "class-agnostic",
-        "accuracy": (predicted == test_y).mean(),
-        "chance": 0.25,
-        "classes": 4,
+        **decisions(test_y, predicted, [0, 1, 2, 3]),
         "train_rows": 120,
         "test_rows": 60,
+        "classifier": "svm",
         "prompts": 6,
         "tau": tau,
         "mean_entropy": pytest.approx(entropy(softmax(test_z / tau, axis=1), axis=1).mean(), abs=1e-4),
         "max_entropy": math.log(6),
+        "confidence": pytest.approx(softmax(test_z / tau, axis=1).max(axis=1).mean(), abs=1e-4),
     }
+
+
+def test_labels_may_have_gaps() -> None:
+    (X, y), (test_X, test_y) = embeddings(120, 0), embeddings(60, 3)
+    gaps = np.array([0, 3, 7, 8])
+    few, test_few = y < 3, test_y < 3
+    result = baseline(X[few], gaps[y[few]], test_X[test_few], gaps[test_y[test_few]])
+    reference = make_pipeline(StandardScaler(), SVC(kernel="linear", C=1.0, random_state=42)).fit(X[few], gaps[y[few]])
+    expected = decisions(gaps[test_y[test_few]], reference.predict(test_X[test_few]), [0, 3, 7])
+    assert {name: result[name] for name in expected} == expected
+    assert [row["label"] for row in result["per_class"]] == [0, 3, 7]
+    assert cluster(X[few], gaps[y[few]]) == cluster(X[few], y[few])
+
+
+def test_a_test_label_that_no_train_row_has_is_never_predicted() -> None:
+    (X, y), (test_X, test_y) = embeddings(120, 0), embeddings(60, 3)
+    result = baseline(X[y != 1], y[y != 1], test_X, test_y)
+    reference = make_pipeline(StandardScaler(), SVC(kernel="linear", C=1.0, random_state=42)).fit(X[y != 1], y[y != 1])
+    expected = decisions(test_y, reference.predict(test_X), [0, 2, 3])
+    expected |= {"chance": 1 / 3, "classes": 3}
+    assert {name: result[name] for name in expected} == expected
+    assert np.array(result["confusion"])[:, 1].sum() == 0
+    unseen = result["per_class"][1]
+    assert unseen == {"label": 1, "precision": 0, "recall": 0, "f1": 0, "rows": (test_y == 1).sum()}
+    assert result["worst"][0] == 1
+
+
+def test_a_train_label_that_no_test_row_has_counts_as_a_class() -> None:
+    (X, y), (test_X, test_y) = embeddings(120, 0), embeddings(60, 3)
+    seen = test_y != 2
+    result = baseline(X, y, test_X[seen], test_y[seen])
+    assert (result["classes"], result["chance"], len(result["confusion"])) == (4, 0.25, 4)
+    assert result["per_class"][2]["rows"] == sum(result["confusion"][2]) == 0
+
+
+def test_classes_are_named_where_there_are_names() -> None:
+    X, y = embeddings(80, 0)
+    few = y < 3
+    result = baseline(X[few], np.array([0, 3, 7])[y[few]], X[few], np.array([0, 3, 7])[y[few]])
+    names = ["airplane", "", "", "cat", "", "", "", "horse"]
+    named = name_classes(result, names)
+    assert [(row["label"], row["name"]) for row in named["per_class"]] == [(0, "airplane"), (3, "cat"), (7, "horse")]
+    for end in ("best", "worst"):
+        assert named[end] == [names[label] for label in result[end]]
+    assert {name: named[name] for name in ("accuracy", "confusion")} == {
+        name: result[name] for name in ("accuracy", "confusion")
+    }
+    assert name_classes(result, ()) == result
+    without_classes = cluster(X, y)
+    assert name_classes(without_classes, names) == without_classes
 
 
 def test_one_class_cannot_be_told_apart() -> None:
     X, _ = embeddings(10, 0)
-    with pytest.raises(ValueError, match="number of classes has to be greater than one"):
+    with pytest.raises(ValueError, match="train_y holds one class only, 0"):
         baseline(X, np.zeros(10, np.int64), X, np.zeros(10, np.int64))
 
 
@@ -276,6 +388,8 @@ def test_cluster_is_k_means_scored_by_purity() -> None:
     reference = KMeans(n_clusters=4, n_init=10, random_state=42).fit(X)
     result = cluster(X, y)
     assert result["purity"] == pytest.approx(contingency_matrix(y, reference.labels_).max(axis=0).sum() / 200)
+    assert result["ari"] == pytest.approx(adjusted_rand_score(y, reference.labels_))
+    assert result["nmi"] == pytest.approx(normalized_mutual_info_score(y, reference.labels_))
     assert result["inertia"] == pytest.approx(reference.inertia_)
     assert (result["probe"], result["clusters"], result["classes"], result["rows"]) == ("cluster", 4, 4, 200)
     assert 0.25 <= result["chance"] < result["purity"] < 1
@@ -287,6 +401,14 @@ def test_every_row_its_own_cluster_is_pure() -> None:
     assert cluster(X, y, n_clusters=12)["purity"] == cluster(X, y, n_clusters=12)["chance"] == 1.0
     with pytest.raises(ValueError, match="13 clusters need at least as many rows, there are 12"):
         cluster(X, y, n_clusters=13)
+
+
+def test_perfect_clusters_score_one() -> None:
+    y = np.arange(40) % CLASSES
+    X = 10 * np.eye(CLASSES, DIMENSIONS)[y] + np.random.default_rng(0).normal(0, 0.01, (40, DIMENSIONS))
+    result = cluster(X, y)
+    assert (result["purity"], result["ari"], result["nmi"]) == (1.0, 1.0, pytest.approx(1.0))
+    assert result["chance"] < 1
 
 
 # --- every probe ---
