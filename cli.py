@@ -18,13 +18,18 @@ if TYPE_CHECKING:
     from engine.bundle import Bundle
     from engine.datasets import Dataset
     from engine.stream import Settings
-    from probes.embeddings import ImageEmbeddings, TextEmbeddings
+    from probes.embeddings import ImageEmbeddings, RunBlocks, TextEmbeddings
+    from probes.fused_metrics import Strategy
+    from probes.study import Row, Source
 
 DEFAULT_TEMPLATE = "a photo of a {}"
 EXPORTABLE = (
     "a hub id, a folder with a Hugging Face checkpoint, mini (embedded) and random-vit-b-32 (untrained, for benchmarks)"
 )
 BENCHMARKS = ("extract", "session", "text", "decode", "memory", "start", "kernels", "all")
+STUDIES = ("thesis", "visapp")
+STRATEGIES = ("task", "grouped", "swapped", "image-only")
+CLASSIFIERS = ("svm", "scaled-svm", "chosen-svm", "logistic", "knn", "mlp")
 EXPORT_EXTRA = {"torch", "transformers", "optimum", "onnx", "onnxscript", "huggingface_hub"}
 
 
@@ -405,6 +410,20 @@ def probe() -> None:
 
 train_option = click.option("--train", required=True, metavar="RUN", help="Run folder to learn from.")
 test_option = click.option("--test", required=True, metavar="RUN", help="Run folder to score on.")
+
+
+def prompts_option(default: str) -> Callable[..., Any]:
+    return click.option(
+        "--prompts", default=default, show_default=True, metavar="SET|FILE|TABLE", help=f"{prompts_help}, or a table."
+    )
+
+
+template_option = click.option(
+    "--template",
+    multiple=True,
+    help="Prompt of a class: {} is its name, {a} the name with a/an, {raw} the name with its underscores.  "
+    f'[default: "{DEFAULT_TEMPLATE}"]',
+)
 tau_option = click.option(
     "--tau",
     type=click.FloatRange(min=0, min_open=True),
@@ -424,9 +443,7 @@ result_option = click.option(
 
 @probe.command("zero-shot")
 @test_option
-@click.option(
-    "--template", help=f'Prompt of a class: {{}} is its name, {{a}} with a/an.  [default: "{DEFAULT_TEMPLATE}"]'
-)
+@template_option
 @click.option("--prompts", metavar="FILE|TABLE", help="One prompt a class, in label order, in place of --template.")
 @tau_option
 @run_model_option
@@ -435,7 +452,7 @@ result_option = click.option(
 @json_option
 def zero_shot(
     test: str,
-    template: str | None,
+    template: tuple[str, ...],
     prompts: str | None,
     tau: float,
     model: str | None,
@@ -445,10 +462,14 @@ def zero_shot(
 ) -> None:
     """Classify by the nearest class prompt; nothing is learned.
 
+    Several templates make an ensemble: the mean of their embeddings stands for a class.
+
     \b
     Example:
       python cli.py probe zero-shot --test runs/cifar10-sample-test-mini --template "a photo of {a}"
+      python cli.py probe zero-shot --test runs/cifar10-sample-test-mini --template "{a}" --template "a picture of {a}"
     """
+    from probes.common import name_classes
     from probes.embeddings import load_run
     from probes.zero_shot import zero_shot
 
@@ -463,9 +484,10 @@ def zero_shot(
                 "classes: zero-shot needs one prompt a class, in label order"
             )
     else:
-        text = class_embeddings(template or DEFAULT_TEMPLATE, run, model, provider)
+        text = class_embeddings(template, run, model, provider)
     with mistakes_of("zero-shot"):
         result = zero_shot(run.X, run.positions(), text.X, tau)
+        result = name_classes(result, run.decided())
     report({**result, "class_prompts": text.prompts, "test": described(run)}, output, as_json)
 
 
@@ -481,21 +503,27 @@ def baseline(train: str, test: str, output: Path | None, as_json: bool) -> None:
     Example:
       python cli.py probe baseline --train runs/cifar10-sample-train-mini --test runs/cifar10-sample-test-mini
     """
+    from probes.common import name_classes
     from probes.linear import baseline
 
     train_run, test_run = comparable_runs(train, test)
     with mistakes_of("baseline"):
-        result = baseline(train_run.X, train_run.y, test_run.X, test_run.y)
+        result = name_classes(baseline(train_run.X, train_run.y, test_run.X, test_run.y), test_run.class_names)
     report({**result, "train": described(train_run), "test": described(test_run)}, output, as_json)
 
 
 @probe.command("class-agnostic")
 @train_option
 @test_option
-@click.option(
-    "--prompts", default="generic-32", show_default=True, metavar="SET|FILE|TABLE", help=f"{prompts_help}, or a table."
-)
+@prompts_option("generic-32")
 @tau_option
+@click.option(
+    "--classifier",
+    type=click.Choice(CLASSIFIERS),
+    default="svm",
+    show_default=True,
+    help="What learns from the logits; chosen-svm, logistic and knn choose a parameter on a validation part.",
+)
 @run_model_option
 @provider_option
 @result_option
@@ -505,6 +533,7 @@ def class_agnostic(
     test: str,
     prompts: str,
     tau: float,
+    classifier: str,
     model: str | None,
     provider: str,
     output: Path | None,
@@ -516,36 +545,297 @@ def class_agnostic(
     Example:
       python cli.py probe class-agnostic --train runs/cifar10-sample-train-mini --test runs/cifar10-sample-test-mini
     """
+    from probes.common import name_classes
     from probes.linear import class_agnostic
 
     train_run, test_run = comparable_runs(train, test)
     text = text_embeddings(prompts, test_run, model, provider)
     with mistakes_of("class-agnostic"):
-        result = class_agnostic(train_run.X, train_run.y, test_run.X, test_run.y, text.X, tau)
+        result = class_agnostic(train_run.X, train_run.y, test_run.X, test_run.y, text.X, tau, classifier)
+        result = name_classes(result, test_run.class_names)
     report(
         {**result, "prompt_set": prompts, "train": described(train_run), "test": described(test_run)}, output, as_json
     )
 
 
 @probe.command()
+@click.option("--train", metavar="RUN", help="Run folder to learn from; without it, entropies alone are computed.")
 @test_option
-@click.option("--clusters", type=click.IntRange(min=1), help="Number of clusters.  [default: number of labels]")
+@prompts_option("alternative-32")
+@click.option("--taus", default="0.5,0.07,0.05,0.03,0.02", show_default=True, help="Temperatures, with commas between.")
+@run_model_option
+@provider_option
 @result_option
 @json_option
-def cluster(test: str, clusters: int | None, output: Path | None, as_json: bool) -> None:
-    """k-means on the image embeddings: do clusters, found without labels, hold one class each?
+def temperature(
+    train: str | None,
+    test: str,
+    prompts: str,
+    taus: str,
+    model: str | None,
+    provider: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """What tau does to the entropy of softmax(z / tau), and to an SVM on z / tau.
+
+    Without --train the test run is read block by block, so it may be of any size.
+
+    \b
+    Example:
+      python cli.py probe temperature --train runs/cifar10-sample-train-mini --test runs/cifar10-sample-test-mini
+      python cli.py probe temperature --test runs/cifar10-sample-test-mini --taus 1,0.1,0.01
+    """
+    from probes.embeddings import open_run
+    from probes.temperature import entropy_sweep, temperature
+
+    chosen = numbers(taus, "--taus")
+    if train:
+        train_run, test_run = comparable_runs(train, test)
+        text = text_embeddings(prompts, test_run, model, provider)
+        with mistakes_of("temperature"):
+            result = temperature(train_run.X, train_run.y, test_run.X, test_run.y, text.X, chosen)
+    else:
+        blocks = open_run(test)
+        text = text_embeddings(prompts, blocks, model, provider)
+        with mistakes_of("temperature"):
+            result = entropy_sweep(blocks.embeddings(), text.X, chosen)
+    report({**result, "prompt_set": prompts, "test": {"run": test}}, output, as_json)
+
+
+@probe.command()
+@train_option
+@test_option
+@click.option(
+    "--prompts",
+    multiple=True,
+    default=("generic-32", "generic-99", "generic-205", "generic-415"),
+    show_default=True,
+    metavar="SET|FILE|TABLE",
+    help=f"{prompts_help}, or a table; once for each set.",
+)
+@run_model_option
+@provider_option
+@result_option
+@json_option
+def vocabulary(
+    train: str,
+    test: str,
+    prompts: tuple[str, ...],
+    model: str | None,
+    provider: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """What more prompts add: the class-agnostic SVM on prompt sets of growing size.
+
+    \b
+    Example:
+      python cli.py probe vocabulary --train runs/cifar10-sample-train-mini --test runs/cifar10-sample-test-mini
+    """
+    from probes.vocabulary import vocabulary
+
+    train_run, test_run = comparable_runs(train, test)
+    texts = {name: text_embeddings(name, test_run, model, provider).X for name in prompts}
+    with mistakes_of("vocabulary"):
+        result = vocabulary(train_run.X, train_run.y, test_run.X, test_run.y, texts)
+    report({**result, "train": described(train_run), "test": described(test_run)}, output, as_json)
+
+
+@probe.command()
+@test_option
+@click.option(
+    "--prompts", metavar="SET|FILE|TABLE", help=f"Cluster the logits of these, not the embeddings: {prompts_help}."
+)
+@click.option("--clusters", type=click.IntRange(min=1), help="Number of clusters.  [default: number of labels]")
+@run_model_option
+@provider_option
+@result_option
+@json_option
+def cluster(
+    test: str,
+    prompts: str | None,
+    clusters: int | None,
+    model: str | None,
+    provider: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """k-means on embeddings or logits: do clusters, found without labels, hold one class each?
 
     \b
     Example:
       python cli.py probe cluster --test runs/cifar10-sample-test-mini
+      python cli.py probe cluster --test runs/cifar10-sample-test-mini --prompts generic-415
     """
+    from engine.kernels import cosine_logits
     from probes.clustering import cluster
     from probes.embeddings import load_run
 
     run = load_run(test)
+    text = text_embeddings(prompts, run, model, provider) if prompts else None
     with mistakes_of("cluster"):
-        result = cluster(run.X, run.y, clusters)
-    report({**result, "test": described(run)}, output, as_json)
+        result = cluster(cosine_logits(run.X, text.X) if text else run.X, run.y, clusters)
+    features = f"logits of {prompts}" if prompts else "image embeddings"
+    report({**result, "features": features, "test": described(run)}, output, as_json)
+
+
+@probe.command()
+@train_option
+@test_option
+@template_option
+@run_model_option
+@provider_option
+@result_option
+@json_option
+def calibration(
+    train: str,
+    test: str,
+    template: tuple[str, ...],
+    model: str | None,
+    provider: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Is zero-shot as sure as it is right? At the model's own tau, and at the one fitted to the train run.
+
+    \b
+    Example:
+      python cli.py probe calibration --train runs/cifar10-sample-train-mini --test runs/cifar10-sample-test-mini
+    """
+    from probes.calibration import calibrated_zero_shot
+
+    train_run, test_run = comparable_runs(train, test)
+    text = class_embeddings(template, test_run, model, provider)
+    tau = 1 / bundle_of(test_run, model).architecture.logit_scale
+    with mistakes_of("calibration"):
+        result = calibrated_zero_shot(train_run.X, train_run.positions(), test_run.X, test_run.positions(), text.X, tau)
+    report({**result, "train": described(train_run), "test": described(test_run)}, output, as_json)
+
+
+@probe.command("redundancy")
+@train_option
+@test_option
+@prompts_option("generic-415")
+@run_model_option
+@provider_option
+@result_option
+@json_option
+def redundancy_command(
+    train: str, test: str, prompts: str, model: str | None, provider: str, output: Path | None, as_json: bool
+) -> None:
+    """How many prompts of a set say something new: effective rank, accuracy of the first k of a greedy choice.
+
+    \b
+    Example:
+      python cli.py probe redundancy --train runs/cifar10-sample-train-mini --test runs/cifar10-sample-test-mini
+    """
+    from probes.redundancy import redundancy
+
+    train_run, test_run = comparable_runs(train, test)
+    text = text_embeddings(prompts, test_run, model, provider)
+    with mistakes_of("redundancy"):
+        result = redundancy(train_run.X, train_run.y, test_run.X, test_run.y, text.X)
+    result["first"] = [text.prompts[index] for index in result["first"]]
+    report(
+        {**result, "prompt_set": prompts, "train": described(train_run), "test": described(test_run)}, output, as_json
+    )
+
+
+@probe.command("modality-gap")
+@test_option
+@template_option
+@run_model_option
+@provider_option
+@result_option
+@json_option
+def modality_gap_command(
+    test: str, template: tuple[str, ...], model: str | None, provider: str, output: Path | None, as_json: bool
+) -> None:
+    """How far apart images and class prompts lie, whatever they show.
+
+    \b
+    Example:
+      python cli.py probe modality-gap --test runs/cifar10-sample-test-mini
+    """
+    from probes.embeddings import load_run
+    from probes.modality import modality_gap
+
+    run = load_run(test)
+    text = class_embeddings(template, run, model, provider)
+    with mistakes_of("modality-gap"):
+        result = modality_gap(run.X, run.positions(), text.X)
+    report({**result, "class_prompts": text.prompts, "test": described(run)}, output, as_json)
+
+
+@probe.command("fused")
+@train_option
+@test_option
+@click.option("--strategy", type=click.Choice(STRATEGIES), required=True, help="Which prompt goes with which class.")
+@click.option(
+    "--map",
+    "map_name",
+    required=True,
+    metavar="NAME|FILE",
+    help="Prompts of classes and groups: digits, cifar10, cifar100.",
+)
+@click.option(
+    "--clusters-per-class", type=click.IntRange(min=1), help="[default: 1, 2 or 5, chosen on a validation part]"
+)
+@run_model_option
+@provider_option
+@result_option
+@json_option
+def fused_command(
+    train: str,
+    test: str,
+    strategy: Strategy,
+    map_name: str,
+    clusters_per_class: int | None,
+    model: str | None,
+    provider: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Classify by clusters of fused image and prompt embeddings, beside nearest centroid and zero-shot.
+
+    \b
+    Example:
+      python cli.py probe fused --strategy task --map cifar10 \\
+        --train runs/cifar10-sample-train-mini --test runs/cifar10-sample-test-mini
+    """
+    from probes.embeddings import require_same_bundle
+    from probes.fused_metrics import fused
+    from probes.prompt_maps import read_map
+
+    train_run, test_run = comparable_runs(train, test)
+    prompt_map = read_map(map_name)
+    names = test_run.decided()
+    grouped = strategy == "grouped"
+    prompts = prompt_map.group_prompts() if grouped else prompt_map.class_prompts(names)
+    text = embedded(prompts, test_run, model, provider)
+    require_same_bundle(test_run, text)
+    with mistakes_of("fused"):
+        result = fused(
+            train_run.X,
+            train_run.positions(),
+            test_run.X,
+            test_run.positions(),
+            text.X,
+            strategy,
+            groups=prompt_map.group_of_class(names) if grouped else None,
+            swap=prompt_map.swapped(names) if strategy == "swapped" else None,
+            clusters_per_class=clusters_per_class,
+        )
+    result["missing_classes"] = [(prompts if grouped else names)[index] for index in result["missing_classes"]]
+    report({**result, "prompts": prompts, "train": described(train_run), "test": described(test_run)}, output, as_json)
+
+
+def numbers(text: str, flag: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ClipmillError(f"{flag} {text}: must be numbers with commas between") from error
 
 
 def comparable_runs(train: str, test: str) -> tuple[ImageEmbeddings, ImageEmbeddings]:
@@ -557,7 +847,7 @@ def comparable_runs(train: str, test: str) -> tuple[ImageEmbeddings, ImageEmbedd
     return train_run, test_run
 
 
-def text_embeddings(prompts: str, run: ImageEmbeddings, model: str | None, provider: str) -> TextEmbeddings:
+def text_embeddings(prompts: str, run: ImageEmbeddings | RunBlocks, model: str | None, provider: str) -> TextEmbeddings:
     """The prompts of a table, or of a set or file embedded by the bundle that made the run."""
     from probes.embeddings import load_text_table, require_same_bundle
     from probes.prompts import read_prompts
@@ -570,26 +860,34 @@ def text_embeddings(prompts: str, run: ImageEmbeddings, model: str | None, provi
     return text
 
 
-def class_embeddings(template: str, run: ImageEmbeddings, model: str | None, provider: str) -> TextEmbeddings:
-    from probes.embeddings import require_same_bundle
+def class_embeddings(
+    templates: Sequence[str], run: ImageEmbeddings, model: str | None, provider: str
+) -> TextEmbeddings:
+    """One embedding a class of the run: of its prompt, or the mean of several."""
+    from probes.embeddings import TextEmbeddings, require_same_bundle
     from probes.prompts import fill_template
+    from probes.zero_shot import ensemble
 
-    if not run.classes:
-        raise ClipmillError(f"the run at {run.path} has no classes, so there is nothing to decide between")
-    names = [run.class_names[label] for label in run.classes]
-    text = embedded(fill_template(template, names), run, model, provider)
+    names = run.decided()
+    filled = [fill_template(template, names) for template in templates or (DEFAULT_TEMPLATE,)]
+    text = embedded([prompt for prompts in filled for prompt in prompts], run, model, provider)
     require_same_bundle(run, text)
-    return text
+    return TextEmbeddings(text.prompts, ensemble(text.X.reshape(len(filled), len(names), -1)), text.bundle)
 
 
-def embedded(prompts: list[str], run: ImageEmbeddings, model: str | None, provider: str) -> TextEmbeddings:
-    """Prompts embedded by --model, else by the bundle under models/ that has the name of the run's."""
-    from engine.bundle import find_bundle
+def embedded(prompts: list[str], run: ImageEmbeddings | RunBlocks, model: str | None, provider: str) -> TextEmbeddings:
     from engine.text import embed_prompts
     from probes.embeddings import TextEmbeddings
 
-    bundle = find_bundle(model or run.bundle_name)
+    bundle = bundle_of(run, model)
     return TextEmbeddings(prompts, embed_prompts(bundle, prompts, provider), bundle.fingerprint)
+
+
+def bundle_of(run: ImageEmbeddings | RunBlocks, model: str | None) -> Bundle:
+    """The one that embeds a run's prompts: --model, else the bundle under models/ that has the name of the run's."""
+    from engine.bundle import find_bundle
+
+    return find_bundle(model or run.bundle_name)
 
 
 def described(run: ImageEmbeddings) -> dict[str, Any]:
@@ -615,9 +913,208 @@ def report(result: dict[str, Any], output: Path | None, as_json: bool) -> None:
         return
     for name, value in result.items():
         if isinstance(value, float):
-            click.echo(f"{name:<13} {value:.4f}")
+            click.echo(f"{name:<16} {value:.4f}")
         elif isinstance(value, (str, int)):
-            click.echo(f"{name:<13} {value}")
+            click.echo(f"{name:<16} {value}")
+        elif value is None or name in ("best", "worst", "first", "missing_classes"):
+            click.echo(f"{name:<16} {', '.join(map(str, value or ())) or 'none'}")
+    for name in ("points", "sweep", "curve", "validation"):
+        if name in result:
+            click.echo(f"\n{name}")
+            columns = {column: column.replace("_", " ") for column in result[name][0]}
+            table(
+                [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in result[name]],
+                columns,
+                False,
+            )
+
+
+# study --------------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("name", type=click.Choice(STUDIES))
+@click.option(
+    "--profile",
+    type=click.Choice(["sample", "paper"]),
+    default="sample",
+    show_default=True,
+    help="The embedded sample and model in minutes, or the paper's datasets and model.",
+)
+@click.option("--only", metavar="ROW,...", help="Rows or sections to run.  [default: all]")
+@click.option("--prompts", multiple=True, metavar="SET=FILE", help="Your own file in the place of a prompt set.")
+@click.option("--model", metavar="BUNDLE", help="Bundle folder, or its name under models/.  [default: of the profile]")
+@provider_option
+@data_dir_option
+@click.option("--no-download", is_flag=True, help="A row whose dataset is not there yet says so.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder.  [default: studies/<name>-<profile>-<bundle>]",
+)
+@json_option
+def study(
+    name: str,
+    profile: str,
+    only: str | None,
+    prompts: tuple[str, ...],
+    model: str | None,
+    provider: str,
+    data_dir: Path | None,
+    no_download: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Recompute every table and figure of a paper, beside its published values.
+
+    Missing runs are extracted to runs/, those that are there are used. Each row is kept as it finishes: the same
+    command again does only what is not done. Needs the `study` extra.
+
+    \b
+    Example:
+      python cli.py study thesis
+      python cli.py study thesis --only temperature,vocabulary --prompts generic-99=mine.txt
+      python cli.py study thesis --profile paper --provider cuda
+    """
+    from engine.bundle import find_bundle
+    from engine.text import embed_prompts
+    from probes.report import HEADER, table_rows, trend_lines, write_report
+    from probes.study import PROFILES, Tools, load_study, run
+
+    try:
+        from probes.plots import draw
+    except ModuleNotFoundError as error:
+        raise ClipmillError(f"study needs {error.name}, which is not installed: pip install -e '.[study]'") from error
+    chosen = load_study(name)
+    names = [part.strip() for part in only.split(",")] if only else []
+    rows = chosen.chosen(names)
+    replaced = dict(replacement(pair) for pair in prompts)
+    bundle = find_bundle(model or PROFILES[profile], provider)
+    folder = output or Path("studies") / f"{name}-{profile}-{bundle.name}"
+    runs: dict[tuple[Source, str], ImageEmbeddings | ClipmillError] = {}
+    embeddings: dict[tuple[str, ...], Any] = {}
+
+    def run_of(source: Source, split: str) -> ImageEmbeddings:
+        """Kept, and so is a failure: no row waits again for a download that did not come."""
+        if (source, split) not in runs:
+            try:
+                runs[source, split] = study_run(bundle, source, split, provider, data_dir, not no_download)
+            except ClipmillError as error:
+                runs[source, split] = error
+        found = runs[source, split]
+        if isinstance(found, ClipmillError):
+            raise found
+        return found
+
+    def embed(texts: Sequence[str]) -> Any:
+        if tuple(texts) not in embeddings:
+            embeddings[tuple(texts)] = embed_prompts(bundle, texts, provider)
+        return embeddings[tuple(texts)]
+
+    tools = Tools(
+        run_of,
+        embed,
+        {
+            "name": bundle.name,
+            "fingerprint": bundle.fingerprint,
+            "model": bundle.source.model,
+            "precision": bundle.target.precision,
+        },
+        1 / bundle.architecture.logit_scale,
+        replaced,
+    )
+    if profile == "paper":
+        announce(bundle, rows, provider, data_dir)
+    results = run(chosen, profile, folder, tools, names, say)
+    plots = draw(results, folder / "plots")
+    report_file = write_report(results, plots, folder)
+    if as_json:
+        click.echo(json.dumps({"output": str(folder), **results}, ensure_ascii=False))
+    else:
+        table(list(table_rows(results)), {column: column for column in HEADER}, False)
+        click.echo("\n" + "\n".join(trend_lines(results)))
+    say(f"{report_file}, {folder / 'results.json'} and {len(plots)} plots")
+    undone = [row for row in results["rows"] if row["status"] != "done" and row["data"]]
+    if undone:
+        missing = ", ".join(dict.fromkeys(row["needs"] for row in undone))
+        raise ClipmillError(f"{len(undone)} of {len(results['rows'])} rows are not done: {missing}; see above why")
+
+
+def study_run(
+    bundle: Bundle, source: Source, split: str, provider: str, data_dir: Path | None, download: bool
+) -> ImageEmbeddings:
+    """A run that a study needs: the one that is there, else extracted, under the name that `extract` gives it."""
+    from engine.datasets import dataset_table, open_dataset
+    from engine.datasets.reduced import reduce, reduced_name
+    from engine.datasets.subset import draw_classes
+    from engine.manifest import holds_run_of
+    from engine.stream import Settings
+    from probes.embeddings import load_run
+
+    dataset_name = reduced_name(source.name, source.pixels) if source.pixels else source.name
+    slug = source.name + (f"-{source.classes}classes-seed{source.class_seed}" if source.classes else "")
+    path = Path("runs") / f"{slug}{f'-{source.pixels}px' if source.pixels else ''}-{split}-{bundle.name}"
+    drawn = None
+    if source.classes:
+        (count,) = (info.classes for info in dataset_table(data_dir) if info.name == source.name)
+        drawn = draw_classes(count or 0, source.classes, source.class_seed)
+    if not holds_run_of(path, bundle, dataset_name, split, drawn):
+        classes = str(source.classes) if source.classes else None
+        dataset = open_dataset(
+            source.name,
+            split,
+            classes=classes,
+            class_seed=source.class_seed,
+            data_dir=data_dir,
+            download=download,
+        )
+        dataset = reduce(dataset, source.pixels) if source.pixels else dataset
+        say(f"extracting {source}, {split}, to {path}")
+        try:
+            run_extract(bundle, dataset, path, Settings(provider=provider))
+        except ClipmillError as error:
+            raise ClipmillError(f"cannot extract {source}, {split}: {error} (flags of `extract`)") from error
+    return load_run(path)
+
+
+def announce(bundle: Bundle, rows: Sequence[Row], provider: str, data_dir: Path | None) -> None:
+    """What a study on whole datasets will download, and about how long it takes here."""
+    import tempfile
+
+    from engine.datasets import dataset_table, open_dataset
+    from engine.stream import Settings, extract
+    from probes.classifiers import svm_seconds
+    from probes.study import svm_fits
+
+    known = {info.name: info for info in dataset_table(data_dir)}
+    images = 0
+    for source in {row.dataset for row in rows}:
+        info = known[source.name]
+        share = source.classes / (info.classes or 1) if source.classes else 1
+        images += round(share * sum(count or 0 for count in info.splits.values()))
+    for info in {row.dataset.name: known[row.dataset.name] for row in rows}.values():
+        say(f"{info.name}: {'is there' if info.cached else 'will be downloaded'} ({info.what})")
+    with tempfile.TemporaryDirectory() as folder:
+        sample = open_dataset("cifar10-sample", "test", 64)
+        summary = extract(bundle, sample, Path(folder) / "run", Settings(provider=provider))["summary"]
+    speed = summary["images_per_second"]
+    say(
+        f"{images} images to embed where their runs are not there yet: about {images / speed / 60:.0f} min at "
+        f"{speed:.0f} images/s"
+    )
+    if fits := svm_fits(rows):
+        minutes = fits * svm_seconds(50_000) / 60
+        say(f"{fits} SVMs on up to 75,750 images: very roughly {minutes:.0f} min at 50,000 each")
+
+
+def replacement(pair: str) -> tuple[str, tuple[str, list[str]]]:
+    """A prompt set, and the file in its place with its prompts."""
+    from probes.prompts import prompt_sets, read_prompts
+
+    name, equals, file = pair.partition("=")
+    if not equals or name not in prompt_sets():
+        raise ClipmillError(f"--prompts {pair}: must be SET=FILE, with one of {', '.join(prompt_sets())}")
+    return name, (file, read_prompts(file))
 
 
 # what there is ------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 CASES = (
     Case(60_000, 32, 25, 25), Case(1_000_000, 32, 25, 2), Case(60_000, 415, 25, 2),
-    Case(60_000, 32, 1, 1), Case(1_000_000, 32, 1, 1),
+    Case(60_000, 32, 1, 1), Case(1_000_000, 32, 1, 1), Case(60_000, 1_000, 1, 1),
 )  # fmt: skip
 TAUS = np.geomspace(0.01, 10, 25)
 IMAGES, DIM, PROMPTS, BEST, TAU = 60_000, 512, 415, 5, 0.07

@@ -150,8 +150,8 @@ class Run:
         return self.path.is_dir() and all(file.match(".manifest.json.*.tmp") for file in self.path.iterdir())
 
 
-def holds_run_of(path: Path, bundle: Bundle, dataset: str, split: str, classes: int | None) -> bool:
-    """Whether a complete run of this bundle over this split, cut down to so many classes or not at all, is at path."""
+def holds_run_of(path: Path, bundle: Bundle, dataset: str, split: str, classes: Sequence[int] | None) -> bool:
+    """Whether a complete run of this bundle over this split, cut down to these classes or not at all, is at path."""
     if not _holds_run(path):
         return False
     manifest = read_manifest(path)
@@ -160,7 +160,7 @@ def holds_run_of(path: Path, bundle: Bundle, dataset: str, split: str, classes: 
         manifest["status"] == "complete"
         and (found["bundle"], found["dataset"], found["split"]) == (bundle.fingerprint, dataset, split)
         and found["sample"] is found["limit"] is None
-        and (None if found["classes"] is None else len(found["classes"])) == classes
+        and found["classes"] == (list(classes) if classes else None)
     )
 
 

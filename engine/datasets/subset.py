@@ -81,8 +81,7 @@ def _choose_classes(dataset: Dataset, wanted: str, seed: int) -> tuple[int, ...]
         number = int(wanted)
         if not 0 < number <= len(names):
             raise ClipmillError(f"--classes {number}: {dataset.name} has {len(names)} classes")
-        drawn = np.random.default_rng(seed).choice(len(names), number, replace=False)
-        return tuple(sorted(drawn.tolist()))
+        return draw_classes(len(names), number, seed)
     labels = set()
     for name in [wanted] if wanted in names else [part.strip() for part in wanted.split(",")]:
         if name not in names:
@@ -92,6 +91,11 @@ def _choose_classes(dataset: Dataset, wanted: str, seed: int) -> tuple[int, ...]
             )
         labels.add(names.index(name))
     return tuple(sorted(labels))
+
+
+def draw_classes(count: int, number: int, seed: int) -> tuple[int, ...]:
+    """The labels that `--classes NUMBER --class-seed SEED` chooses of `count` classes, in their order."""
+    return tuple(sorted(np.random.default_rng(seed).choice(count, number, replace=False).tolist()))
 
 
 def _stratified(rows: NDArray[np.int64], labels: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
