@@ -62,7 +62,7 @@ def logistic(C: float) -> Predict:
 
 CANDIDATES: dict[str, tuple[str, list[float], Callable[[float], Predict]]] = {
     "chosen-svm": ("C", [1, 10, 100, 1_000, 10_000], svm),
-    "logistic": ("C", [0.0001, 0.001, 0.01, 0.1, 1], logistic),
+    "logistic": ("C", [0.0001, 0.001, 0.01, 0.1], logistic),
     "knn": ("n_neighbors", [1, 5, 10, 20, 50], neighbours),
 }
 FIXED: dict[str, Predict] = {
