@@ -166,7 +166,7 @@ def demo(output: Path | None, as_json: bool) -> None:
 )
 @click.option(
     "--provider",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
     default="auto",
     show_default=True,
     help="What the bundle is for; auto: cuda where there is an NVIDIA driver, else cpu.",
@@ -174,7 +174,7 @@ def demo(output: Path | None, as_json: bool) -> None:
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "int8"]),
-    help="int8 is for cpu, fp16 for cuda.  [default: fp32 for cpu, fp16 for cuda]",
+    help="int8 is for cpu, fp16 for cuda and tensorrt.  [default: fp32 for cpu, else fp16]",
 )
 @click.option(
     "--output",

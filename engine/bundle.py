@@ -58,6 +58,9 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Target:
+    """cpu and cuda: fused com.microsoft operators, in the precision. tensorrt: ONNX's own operators with fp32 weights,
+    and the precision is what TensorRT is told to compute in."""
+
     provider: str  # the family that the graphs are made for
     precision: str
 
@@ -98,8 +101,10 @@ class Bundle:
     @property
     def fingerprint(self) -> str:
         """Equal for bundles that compute the same embeddings: a digest of the files and the preprocessing."""
+        told = {"precision": self.target.precision} if self.target.provider == "tensorrt" else {}  # not in the files
         return sha256_json(
             {
+                **told,
                 "format_version": self.format_version,
                 "files": {name: file.sha256 for name, file in self.files.items()},
                 "preprocessing": dataclasses.asdict(self.preprocessing),
@@ -156,12 +161,11 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
 def find_bundle(model: str | None, provider: str = "auto", *, verify: bool = True) -> Bundle:
     """The bundle named by --model (a folder, or a name under models/), else the default model's that suits a provider.
 
-    For "cuda" that is the fp16 bundle if there is one; every provider runs the fp32 one.
+    For "cuda" and "tensorrt" that is the fp16 bundle of their own if there is one, else the fp32 one of the CPU.
     """
     if model is None:
-        half = default_output(DEFAULT_MODEL, Target("cuda", "fp16"))
-        suits = provider == "cuda" and half.exists()
-        return load_bundle(half if suits else default_output(DEFAULT_MODEL), verify=verify)
+        own = default_output(DEFAULT_MODEL, Target(provider, "fp16"))
+        return load_bundle(own if own.exists() else default_output(DEFAULT_MODEL), verify=verify)
     named = MODELS_FOLDER / model
     is_name = not Path(model).exists() and len(Path(model).parts) == 1 and named.exists()
     return load_bundle(named if is_name else model, verify=verify)

@@ -33,6 +33,7 @@ FP16_ON_CPU = (
     "the weights' rounding, not that of the GPU's activations, nor how the GPU accumulates, nor overflow there"
 )
 CUDA_ON_CPU = "made on the CPU: it covers the graph, not the GPU's kernels"
+TENSORRT_ON_CPU = "made on the CPU: it covers the fp32 graph, not what TensorRT makes of it, least of all in fp16"
 
 
 def certify(bundle: Bundle, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -80,6 +81,8 @@ def _provider(bundle: Bundle) -> tuple[str, str | None]:
         return target.provider, None
     except ClipmillError as error:
         cause = str(error).partition("; ")[0]
+        if target.provider == "tensorrt":
+            return "cpu", f"{TENSORRT_ON_CPU} ({cause})"
         return "cpu", f"{FP16_ON_CPU if target.precision == 'fp16' else CUDA_ON_CPU} ({cause})"
 
 
