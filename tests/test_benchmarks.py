@@ -20,6 +20,7 @@ from engine.bundle import Bundle
 
 ROOT = Path(cli.__file__).resolve().parent
 SHARED = {"bundles", "machine_card", "measure", "rivals"}  # parts of several benchmarks
+GPU = {"gpu_throughput"}  # run by gpu_acceptance.sh; see test_gpu_docs.py
 LOOPS = {"transformers, slow processor", "transformers, fast processor", "ONNX Runtime with PIL"}
 MILLS = {"clipmill fp32", "clipmill int8"}
 
@@ -169,7 +170,7 @@ def test_all_runs_every_benchmark_on_shared_bundles_and_writes_one_page(
 
 def test_bench_knows_every_benchmark(module: Callable[[str], ModuleType]) -> None:
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert scripts - SHARED == set(cli.BENCHMARKS)
+    assert scripts - SHARED - GPU == set(cli.BENCHMARKS)
     assert (*module("all").NAMES, "all") == cli.BENCHMARKS
 
 
