@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 from engine.errors import ClipmillError
 from engine.files import read_json, sha256_file, sha256_json, write_json
+from engine.machine import cache_folder
 
 FORMAT_VERSION = 1
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
@@ -206,8 +207,7 @@ def _check_file(path: Path, expected: BundleFile) -> None:
 
 def _cached_sha256(path: Path, stat: os.stat_result) -> str:
     """sha256 of a file; remembered for as long as its size, mtime and inode stay the same."""
-    # an empty XDG_CACHE_HOME counts as none, says its specification
-    cache_file = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clipmill" / "sha256.json"
+    cache_file = cache_folder() / "sha256.json"
     key = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
     cache: dict[str, str] = {}
     with contextlib.suppress(ClipmillError):  # no cache yet, or a damaged one: hash again

@@ -38,7 +38,7 @@ from engine.errors import ClipmillError
 from engine.files import atomic_folder
 from engine.machine import library_versions
 from engine.preprocess import image_feeds, resize_matrices
-from engine.session import require_cuda
+from engine.providers import require
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.int8 import quantise
 from export.layers import to_plain
@@ -63,7 +63,7 @@ def choose_target(provider: str, precision: str | None) -> Target:
     """
     if provider == "auto":
         try:
-            require_cuda()
+            require("cuda")
             provider = "cuda"
         except ClipmillError:
             provider = "cpu"

@@ -77,7 +77,7 @@ def _provider(bundle: Bundle) -> tuple[str, str | None]:
     if target.provider == "cpu":
         return "cpu", None
     try:
-        Tower(bundle, "text", target.provider, fixed={"batch": 1, "length": bundle.architecture.context_length})
+        Tower(bundle, "text", target.provider, shape={"batch": 1, "length": bundle.architecture.context_length})
         return target.provider, None
     except ClipmillError as error:
         cause = str(error).partition("; ")[0]
@@ -120,7 +120,7 @@ def _embed_images(bundle: Bundle, images: Sequence[NDArray[np.uint8]], provider:
     """One image a batch: their sizes differ."""
     embeddings: list[NDArray[np.float32]] = []
     for (height, width, _), group in groupby(images, key=np.shape):
-        tower = Tower(bundle, "image", provider, fixed={"batch": 1, "height": height, "width": width})
+        tower = Tower(bundle, "image", provider, shape={"batch": 1, "height": height, "width": width})
         feeds = (image_feeds(image[None], bundle.preprocessing) for image in group)
         embeddings.extend(overlapped(tower.run, feeds, tower.lanes, tower.lanes))
     return np.concatenate(embeddings)

@@ -224,11 +224,11 @@ def test_half_precision_leaves_the_reference_in_float32() -> None:
 
 @pytest.fixture
 def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def require_cuda() -> None:
+    def require(provider: str) -> None:
         if not request.param:
             raise ClipmillError("no NVIDIA driver")
 
-    monkeypatch.setattr(to_onnx, "require_cuda", require_cuda)
+    monkeypatch.setattr(to_onnx, "require", require)
     return
 
 
