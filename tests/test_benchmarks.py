@@ -69,7 +69,9 @@ def test_extract_names_every_contestant_and_compares_their_embeddings(benchmark:
 
 
 def test_session_measures_every_combination(benchmark: Benchmark) -> None:
-    cells = benchmark("session", "--model", "mini", "--rounds", "1")["cells"]
+    found = benchmark("session", "--model", "mini", "--rounds", "1")
+    assert set(found["bound_over_plain"]) == {"image fp32", "image int8", "text fp32"}
+    cells = found["cells"]
     assert {cell["batch_size"] for cell in cells} == {1, 4, 8, 16, 32}
     combinations = {(cell["tower"], cell["precision"], cell["batch_size"], cell["lanes"]) for cell in cells}
     lanes = {cell["lanes"] for cell in cells}

@@ -1,5 +1,7 @@
-"""What ONNX Runtime makes of the towers with the fixed shapes of a GPU: no shape arithmetic and no integer ArgMax, which
-CUDA would leave to the CPU, and with which a session for CUDA therefore refuses to come up."""
+"""What ONNX Runtime makes of the towers with the fixed shapes of a GPU: no shape arithmetic and no integer ArgMax.
+
+CUDA would leave both to the CPU, and a session for CUDA then refuses to come up.
+"""
 
 from __future__ import annotations
 
