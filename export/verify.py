@@ -16,7 +16,7 @@ from engine.errors import ClipmillError
 from engine.preprocess import image_feeds
 from engine.session import Tower
 from engine.stages import overlapped
-from engine.text import embed_tokens
+from engine.text import BATCH_SIZE, embed_tokens
 from engine.tokenizer import load_tokenizer, tokenize
 from export.checkpoint import Checkpoint
 from export.samples import sample_images
@@ -76,8 +76,9 @@ def _provider(bundle: Bundle) -> tuple[str, str | None]:
     target = bundle.target
     if target.provider == "cpu":
         return "cpu", None
+    prompts = {"batch": BATCH_SIZE["gpu"], "length": bundle.architecture.context_length}  # TensorRT builds this once
     try:
-        Tower(bundle, "text", target.provider, shape={"batch": 1, "length": bundle.architecture.context_length})
+        Tower(bundle, "text", target.provider, shape=prompts)
         return target.provider, None
     except ClipmillError as error:
         cause = str(error).partition("; ")[0]
