@@ -67,15 +67,18 @@ model_option = click.option(
 )
 provider_option = click.option(
     "--provider",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
     default="auto",
     show_default=True,
-    help="What runs the model; the one asked for runs, or the command fails.",
+    help="What runs the model; the one asked for runs, or the command fails. See `providers`.",
+)
+device_option = click.option(
+    "--device-id", type=click.IntRange(min=0), default=0, show_default=True, help="The GPU, as CUDA counts them."
 )
 threads_option = click.option(
     "--threads",
     type=click.IntRange(min=1),
-    help="Batches run at once on the CPU, one thread each; CUDA runs one.  [default: usable CPUs]",
+    help="Batches run at once on the CPU, one thread each; a GPU runs two.  [default: usable CPUs]",
 )
 verify_option = click.option("--no-verify", is_flag=True, help="Do not check the sha256 of the bundle's files.")
 data_dir_option = click.option(
@@ -171,7 +174,7 @@ def demo(output: Path | None, as_json: bool) -> None:
 )
 @click.option(
     "--provider",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
     default="auto",
     show_default=True,
     help="What the bundle is for; auto: cuda where there is an NVIDIA driver, else cpu.",
@@ -179,7 +182,7 @@ def demo(output: Path | None, as_json: bool) -> None:
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "int8"]),
-    help="int8 is for cpu, fp16 for cuda.  [default: fp32 for cpu, fp16 for cuda]",
+    help="int8 is for cpu, fp16 for cuda and tensorrt.  [default: fp32 for cpu, else fp16]",
 )
 @click.option(
     "--output",
@@ -237,7 +240,12 @@ def run_export(model: str, output: Path | None = None, provider: str = "cpu", pr
 @data_dir_option
 @click.option("--no-download", is_flag=True, help="Fail where the dataset is not there yet.")
 @provider_option
-@click.option("--batch-size", type=click.IntRange(min=1), help="Images a batch.  [default: 8 on CPU, 256 on CUDA]")
+@device_option
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Images a batch.  [default: 8 on the CPU, on a GPU 256, or what its memory allows; a resumed run's own]",
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Decode threads.  [default: usable CPUs]")
 @threads_option
 @click.option("--shard-size", type=click.IntRange(min=1), default=5_000, show_default=True, help="Rows a shard.")
@@ -353,6 +361,7 @@ def run_extract(bundle: Bundle, source: Dataset, output: Path, settings: Setting
 @click.option("--template", help='Put each line into a template: "a photo of a {}", or "a photo of {a}" for a/an.')
 @model_option
 @provider_option
+@device_option
 @threads_option
 @click.option("--output", metavar="FILE", help="Parquet table.  [default: runs/text-<prompts>-<bundle>.parquet]")
 @verify_option
@@ -362,6 +371,7 @@ def embed_text(
     template: str | None,
     model: str | None,
     provider: str,
+    device_id: int,
     threads: int | None,
     output: str | None,
     no_verify: bool,
@@ -382,7 +392,7 @@ def embed_text(
     bundle = find_bundle(model, provider, verify=not no_verify)
     name = "stdin" if prompts == "-" else Path(prompts).stem
     path = local_path(output) if output else Path("runs") / f"text-{name}-{bundle.name}.parquet"
-    embeddings = embed_prompts(bundle, texts, provider, threads=threads)
+    embeddings = embed_prompts(bundle, texts, provider, device_id=device_id, threads=threads, started=say)
     write_table(path, text_table(bundle, texts, embeddings))
     say(f"{len(texts)} prompts embedded")
     emit({"table": str(path), "prompts": len(texts), "bundle": bundle.fingerprint}, as_json, "table")
@@ -880,7 +890,7 @@ def embedded(prompts: list[str], run: ImageEmbeddings | RunBlocks, model: str | 
     from probes.embeddings import TextEmbeddings
 
     bundle = bundle_of(run, model)
-    return TextEmbeddings(prompts, embed_prompts(bundle, prompts, provider), bundle.fingerprint)
+    return TextEmbeddings(prompts, embed_prompts(bundle, prompts, provider, started=say), bundle.fingerprint)
 
 
 def bundle_of(run: ImageEmbeddings | RunBlocks, model: str | None) -> Bundle:
@@ -1187,6 +1197,38 @@ def models(as_json: bool) -> None:
         )
     table(rows, {name: name for name in rows[0]} if rows else {}, as_json)
     say(f"{len(rows)} bundle(s) under {MODELS_FOLDER}/; `export --model` takes {EXPORTABLE}")
+
+
+@main.command()
+@json_option
+def providers(as_json: bool) -> None:
+    """Tell what --provider can take on this machine, what auto takes, and what the others lack.
+
+    \b
+    Example:
+      python cli.py providers
+    """
+    from engine.diagnosis import diagnose
+
+    found = diagnose()
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    build, driver = found["build"], found["driver"]
+    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+    click.echo(
+        f"package   {packages}, built for CUDA {build['cuda'] or '(none)'}, with {', '.join(build['providers'])}"
+    )
+    if found["mixed"]:
+        click.echo(f"          {found['mixed']}")
+    click.echo(f"driver    {driver.get('missing') or 'serves CUDA up to ' + driver['cuda']}")
+    for device in found["devices"]:
+        click.echo(f"device {device['id']}  {device['name']}, {device['free_bytes'] / 2**30:.1f} GiB free")
+    for library, path in found["libraries"].items():
+        click.echo(f"library   {library:<20} {path or 'not found'}")
+    for provider, failure in found["providers"].items():
+        click.echo(f"{provider:<9} {failure or 'comes up'}")
+    click.echo(f"auto      takes {found['auto']}: {found['why']}")
 
 
 @main.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,15 +59,17 @@ def bare_images(bundle: Bundle, images: Sequence[bytes | Path], resize: tuple[in
     pixels = np.stack([decode(image, resize) for image in images])
     size = BATCH_SIZE["cpu"]
     batches = [image_feeds(pixels[start : start + size], bundle.preprocessing) for start in range(0, len(pixels), size)]
-    return bare_runs(tower, batches, tower.lanes)
+    return bare_runs(tower.run, batches, tower.lanes)
 
 
-def bare_runs(tower: Tower, batches: Sequence[Mapping[str, NDArray[Any]]], lanes: int) -> Contestant:
-    """`tower.run` of ready batches from `lanes` threads, and nothing else."""
+def bare_runs(
+    run: Callable[[Mapping[str, NDArray[Any]]], Any], batches: Sequence[Mapping[str, NDArray[Any]]], lanes: int
+) -> Contestant:
+    """`run`, such as a tower's, of ready batches from `lanes` threads, and nothing else."""
 
     def work() -> None:
         with ThreadPoolExecutor(lanes) as pool:
-            for _ in pool.map(tower.run, batches):
+            for _ in pool.map(run, batches):
                 pass
 
     return timed(work)

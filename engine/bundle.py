@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 from engine.errors import ClipmillError
 from engine.files import read_json, sha256_file, sha256_json, write_json
+from engine.machine import cache_folder
 
 FORMAT_VERSION = 1
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
@@ -58,6 +59,9 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Target:
+    """cpu and cuda: fused com.microsoft operators, in the precision. tensorrt: ONNX's own operators with fp32 weights,
+    and the precision is what TensorRT is told to compute in."""
+
     provider: str  # the family that the graphs are made for
     precision: str
 
@@ -98,8 +102,10 @@ class Bundle:
     @property
     def fingerprint(self) -> str:
         """Equal for bundles that compute the same embeddings: a digest of the files and the preprocessing."""
+        told = {"precision": self.target.precision} if self.target.provider == "tensorrt" else {}  # not in the files
         return sha256_json(
             {
+                **told,
                 "format_version": self.format_version,
                 "files": {name: file.sha256 for name, file in self.files.items()},
                 "preprocessing": dataclasses.asdict(self.preprocessing),
@@ -156,12 +162,11 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
 def find_bundle(model: str | None, provider: str = "auto", *, verify: bool = True) -> Bundle:
     """The bundle named by --model (a folder, or a name under models/), else the default model's that suits a provider.
 
-    For "cuda" that is the fp16 bundle if there is one; every provider runs the fp32 one.
+    For "cuda" and "tensorrt" that is the fp16 bundle of their own if there is one, else the fp32 one of the CPU.
     """
     if model is None:
-        half = default_output(DEFAULT_MODEL, Target("cuda", "fp16"))
-        suits = provider == "cuda" and half.exists()
-        return load_bundle(half if suits else default_output(DEFAULT_MODEL), verify=verify)
+        own = default_output(DEFAULT_MODEL, Target(provider, "fp16"))
+        return load_bundle(own if own.exists() else default_output(DEFAULT_MODEL), verify=verify)
     named = MODELS_FOLDER / model
     is_name = not Path(model).exists() and len(Path(model).parts) == 1 and named.exists()
     return load_bundle(named if is_name else model, verify=verify)
@@ -202,8 +207,7 @@ def _check_file(path: Path, expected: BundleFile) -> None:
 
 def _cached_sha256(path: Path, stat: os.stat_result) -> str:
     """sha256 of a file; remembered for as long as its size, mtime and inode stay the same."""
-    # an empty XDG_CACHE_HOME counts as none, says its specification
-    cache_file = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clipmill" / "sha256.json"
+    cache_file = cache_folder() / "sha256.json"
     key = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
     cache: dict[str, str] = {}
     with contextlib.suppress(ClipmillError):  # no cache yet, or a damaged one: hash again

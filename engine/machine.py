@@ -34,6 +34,12 @@ def _cgroup_quota() -> float | None:
         return None
 
 
+def cache_folder() -> Path:
+    """Where clipmill keeps what it can make again; not made yet, maybe."""
+    # an empty XDG_CACHE_HOME counts as none, says its specification
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clipmill"
+
+
 def peak_rss() -> int | None:
     """Bytes of memory that this process has held at most; None where the system does not tell (Windows)."""
     if PROCESS_STATUS.exists():  # on Linux getrusage also counts what the parent held before this program began

@@ -34,8 +34,10 @@ from engine.stages import Buffers, StageClock, overlapped
 SHARD_SIZE = 5_000  # rows: 10 MB of 512 float32 each; the rows of one shard are what memory grows by
 BATCH_SIZE = {
     "cpu": 8,  # equally fast from 4 to 16 a lane; 8 keeps the activations near the cache
-    "cuda": 256,
+    "cuda": 256,  # at most: less where the free memory of the GPU is not enough
+    "tensorrt": 256,  # not tried for less: an engine is built for every shape, in minutes
 }
+WARM_UP_BATCH = 32  # images of the run that CUDA's memory is measured by
 QUEUE_DEPTH = 2  # batches that may wait between two stages
 
 
@@ -44,6 +46,7 @@ class Settings:
     """How to extract; None lets the machine decide."""
 
     provider: str = "auto"
+    device_id: int = 0  # of CUDA
     batch_size: int | None = None
     workers: int | None = None  # decode threads
     threads: int | None = None  # batches run at once on the CPU, one thread each
@@ -83,11 +86,9 @@ def extract(
     """
     # Arrow's own allocator keeps what a shard took: 13 MiB more after 20,000 images than after 2,000, this one 5
     pa.set_memory_pool(pa.system_memory_pool())
-    image_size, resize = _where_to_resize(dataset.image_size, bundle.preprocessing)
-    height, width = image_size
-    fixed = {"batch": settings.batch_size or BATCH_SIZE["cuda"], "height": height, "width": width}
-    tower = Tower(bundle, "image", settings.provider, threads=settings.threads, fixed=fixed)
-    batch_size = settings.batch_size or BATCH_SIZE[tower.provider]
+    (height, width), resize = _where_to_resize(dataset.image_size, bundle.preprocessing)
+    resumed = None if settings.overwrite else _batch_size_of(output)
+    tower, batch_size = _open_tower(bundle, settings, height, width, settings.batch_size or resumed)
     workers = settings.workers or usable_cpus()
     run = _run(bundle, dataset, output, settings, tower.provider, batch_size)
     pending = run.open(overwrite=settings.overwrite)
@@ -124,6 +125,38 @@ def _where_to_resize(
     if image_size is not None and image_size[0] <= 2 * image_size[1]:
         return image_size, None
     return (preprocessing.crop, preprocessing.crop), (preprocessing.resize, preprocessing.crop)
+
+
+def _batch_size_of(output: Path) -> int | None:
+    """The batch size of a run that is there: memory is not as free every time, and a run keeps to one."""
+    try:
+        return int(read_manifest(output)["fingerprint"]["batch_size"])
+    except ClipmillError:  # no run: what there is instead, Run.open says
+        return None
+
+
+def _open_tower(
+    bundle: Bundle, settings: Settings, height: int, width: int, batch_size: int | None
+) -> tuple[Tower, int]:
+    """The image tower and its batch size: the one given, else the provider's; on CUDA what fits into free memory."""
+
+    def open_tower(provider: str, batch_size: int) -> Tower:
+        shape = {"batch": batch_size, "height": height, "width": width}
+        return Tower(bundle, "image", provider, device_id=settings.device_id, threads=settings.threads, shape=shape)
+
+    if batch_size is not None:
+        return open_tower(settings.provider, batch_size), batch_size
+    if settings.provider == "tensorrt":
+        return open_tower("tensorrt", BATCH_SIZE["tensorrt"]), BATCH_SIZE["tensorrt"]
+    tower = open_tower(settings.provider, WARM_UP_BATCH)
+    if tower.provider == "cpu":
+        return tower, BATCH_SIZE["cpu"]
+    black, why = np.zeros((WARM_UP_BATCH, height, width, 3), dtype=np.uint8), tower.why
+    batch_size = tower.batch_that_fits(image_feeds(black, bundle.preprocessing), BATCH_SIZE["cuda"])
+    del tower  # its weights leave the GPU before they come again
+    tower = open_tower("cuda", batch_size)
+    tower.why = why
+    return tower, batch_size
 
 
 def _run(bundle: Bundle, dataset: Dataset, output: Path, settings: Settings, provider: str, batch_size: int) -> Run:

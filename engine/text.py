@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 
 import numpy as np
@@ -17,19 +17,27 @@ from engine.tokenizer import load_tokenizer, tokenize
 
 BATCH_SIZE = {
     "cpu": 16,  # some hundred prompts make batches for every lane, and one of 8 tokens a prompt fills a matrix product
-    "cuda": 64,
+    "gpu": 64,  # of one shape, like its length
 }
 
 
 def embed_prompts(
-    bundle: Bundle, prompts: Sequence[str], provider: str = "auto", *, threads: int | None = None
+    bundle: Bundle,
+    prompts: Sequence[str],
+    provider: str = "auto",
+    *,
+    device_id: int = 0,
+    threads: int | None = None,
+    started: Callable[[str], None] = lambda _: None,
 ) -> NDArray[np.float32]:
-    """(N, dim) float32 unit rows, in the order of the prompts.
+    """(N, dim) float32 unit rows, in the order of the prompts. `started` hears one line about what runs them.
 
     Raises ClipmillError for a bundle without tokenizer and for a prompt longer than the context (never cut).
     """
     input_ids, eos_position = tokenize(load_tokenizer(bundle), prompts, bundle.architecture.context_length)
-    return embed_tokens(bundle, input_ids, eos_position, provider, threads=threads)
+    return embed_tokens(
+        bundle, input_ids, eos_position, provider, device_id=device_id, threads=threads, started=started
+    )
 
 
 def embed_tokens(
@@ -38,7 +46,9 @@ def embed_tokens(
     eos_position: NDArray[np.int64],
     provider: str = "auto",
     *,
+    device_id: int = 0,
     threads: int | None = None,
+    started: Callable[[str], None] = lambda _: None,
 ) -> NDArray[np.float32]:
     """(N, dim) float32 unit rows, in the order of the token ids (N, L) and EOS positions (N,), both int64.
 
@@ -46,22 +56,23 @@ def embed_tokens(
     padded, changes its embedding by float rounding at most (measured on the embedded model: by nothing); the order in
     which prompts are given changes nothing at all.
     """
-    fixed = {"batch": BATCH_SIZE["cuda"], "length": bundle.architecture.context_length}
-    tower = Tower(bundle, "text", provider, threads=threads, fixed=fixed)
+    shape = {"batch": BATCH_SIZE["gpu"], "length": bundle.architecture.context_length}
+    tower = Tower(bundle, "text", provider, device_id=device_id, threads=threads, shape=shape)
+    started(f"{tower.provider} ({tower.why})")
     unique_ids, unique_eos, places = _unique(input_ids, eos_position)
 
     def run(rows: slice) -> NDArray[np.float32]:
         ids, eos = unique_ids[rows], unique_eos[rows]
-        if tower.provider == "cuda":  # its one shape
-            short = (0, fixed["batch"] - len(ids))
-            ids = np.pad(ids, (short, (0, fixed["length"] - ids.shape[1])))
+        if tower.shape:  # the one of a GPU
+            short = (0, tower.shape["batch"] - len(ids))
+            ids = np.pad(ids, (short, (0, tower.shape["length"] - ids.shape[1])))
             eos = np.pad(eos, short)
         else:
             ids = ids[:, : eos.max() + 1]
         return tower.run({"input_ids": ids, "eos_position": eos})[: rows.stop - rows.start]
 
     embeddings = np.empty((len(unique_ids), tower.dim), dtype=np.float32)
-    batches = _longest_first(len(unique_ids), BATCH_SIZE[tower.provider])
+    batches = _longest_first(len(unique_ids), BATCH_SIZE["gpu" if tower.shape else "cpu"])
     with closing(overlapped(run, batches, tower.lanes, tower.lanes)) as embedded:
         for rows, rows_embedded in zip(batches, embedded, strict=True):
             embeddings[rows] = rows_embedded

@@ -23,7 +23,7 @@ class ResizeAndCrop(nn.Module):
     """
 
     def forward(self, pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        levels = pixels.permute(0, 3, 1, 2).float()
+        levels = pixels.float().permute(0, 3, 1, 2)  # in this order: TensorRT can do nothing with uint8 but cast it
         levels = _round_to_level(levels @ columns.T)
         return _round_to_level(rows @ levels)
 

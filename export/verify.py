@@ -16,7 +16,7 @@ from engine.errors import ClipmillError
 from engine.preprocess import image_feeds
 from engine.session import Tower
 from engine.stages import overlapped
-from engine.text import embed_tokens
+from engine.text import BATCH_SIZE, embed_tokens
 from engine.tokenizer import load_tokenizer, tokenize
 from export.checkpoint import Checkpoint
 from export.samples import sample_images
@@ -33,6 +33,7 @@ FP16_ON_CPU = (
     "the weights' rounding, not that of the GPU's activations, nor how the GPU accumulates, nor overflow there"
 )
 CUDA_ON_CPU = "made on the CPU: it covers the graph, not the GPU's kernels"
+TENSORRT_ON_CPU = "made on the CPU: it covers the fp32 graph, not what TensorRT makes of it, least of all in fp16"
 
 
 def certify(bundle: Bundle, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -75,11 +76,14 @@ def _provider(bundle: Bundle) -> tuple[str, str | None]:
     target = bundle.target
     if target.provider == "cpu":
         return "cpu", None
+    prompts = {"batch": BATCH_SIZE["gpu"], "length": bundle.architecture.context_length}  # TensorRT builds this once
     try:
-        Tower(bundle, "text", target.provider, fixed={"batch": 1, "length": bundle.architecture.context_length})
+        Tower(bundle, "text", target.provider, shape=prompts)
         return target.provider, None
     except ClipmillError as error:
         cause = str(error).partition("; ")[0]
+        if target.provider == "tensorrt":
+            return "cpu", f"{TENSORRT_ON_CPU} ({cause})"
         return "cpu", f"{FP16_ON_CPU if target.precision == 'fp16' else CUDA_ON_CPU} ({cause})"
 
 
@@ -117,7 +121,7 @@ def _embed_images(bundle: Bundle, images: Sequence[NDArray[np.uint8]], provider:
     """One image a batch: their sizes differ."""
     embeddings: list[NDArray[np.float32]] = []
     for (height, width, _), group in groupby(images, key=np.shape):
-        tower = Tower(bundle, "image", provider, fixed={"batch": 1, "height": height, "width": width})
+        tower = Tower(bundle, "image", provider, shape={"batch": 1, "height": height, "width": width})
         feeds = (image_feeds(image[None], bundle.preprocessing) for image in group)
         embeddings.extend(overlapped(tower.run, feeds, tower.lanes, tower.lanes))
     return np.concatenate(embeddings)

@@ -21,6 +21,7 @@ from engine.bundle import Bundle
 
 ROOT = Path(cli.__file__).resolve().parent
 SHARED = {"bundles", "machine_card", "measure", "rivals"}  # parts of several benchmarks
+GPU = {"gpu_throughput"}  # run by gpu_acceptance.sh; see test_gpu_docs.py
 LOOPS = {"transformers, slow processor", "transformers, fast processor", "ONNX Runtime with PIL"}
 MILLS = {"clipmill fp32", "clipmill int8"}
 
@@ -70,7 +71,9 @@ def test_extract_names_every_contestant_and_compares_their_embeddings(benchmark:
 
 
 def test_session_measures_every_combination(benchmark: Benchmark) -> None:
-    cells = benchmark("session", "--model", "mini", "--rounds", "1")["cells"]
+    found = benchmark("session", "--model", "mini", "--rounds", "1")
+    assert set(found["bound_over_plain"]) == {"image fp32", "image int8", "text fp32"}
+    cells = found["cells"]
     assert {cell["batch_size"] for cell in cells} == {1, 4, 8, 16, 32}
     combinations = {(cell["tower"], cell["precision"], cell["batch_size"], cell["lanes"]) for cell in cells}
     lanes = {cell["lanes"] for cell in cells}
@@ -196,7 +199,7 @@ def test_all_runs_every_benchmark_on_shared_bundles_and_writes_one_page(
 
 def test_bench_knows_every_benchmark(module: Callable[[str], ModuleType]) -> None:
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert scripts - SHARED == set(cli.BENCHMARKS)
+    assert scripts - SHARED - GPU == set(cli.BENCHMARKS)
     assert (*module("all").NAMES, "all") == cli.BENCHMARKS
 
 

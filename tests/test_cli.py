@@ -519,6 +519,59 @@ def test_a_provider_that_is_not_there_is_refused_and_nothing_is_written(
     assert run("extract", "--dataset", "digits", "--provider", "rocm").exit_code == 2
 
 
+@pytest.fixture
+def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without NVIDIA's driver, but with onnxruntime-gpu, as ONNX Runtime itself claims of the two."""
+    import onnxruntime
+
+    from engine.providers import EXECUTION_PROVIDERS
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(EXECUTION_PROVIDERS.values()))
+    monkeypatch.setattr("engine.providers.DRIVER", "libno-driver.so.1")
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_without_a_gpu_its_providers_are_refused_in_one_line_and_nothing_is_written(
+    provider: str, workdir: Path, no_driver: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    opened: list[Any] = []
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *arguments, **options: opened.append(arguments))
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, Path("models") / f"mini-{provider}", ignore_errors=True)
+        own = Path(shutil.copytree("models/mini", f"models/mini-{provider}")) / "bundle.json"
+        stored = json.loads(own.read_text())
+        stored["target"] = {"provider": provider, "precision": "fp16"}
+        own.write_text(json.dumps(stored))
+        for command in (
+            ["extract", "--dataset", "digits", "--device-id", "1"],
+            ["embed-text", "--prompts", "generic-32", "--device-id", "1"],
+        ):
+            line = error_of(*command, "--model", f"mini-{provider}", "--provider", provider)
+            assert line == (
+                "Error: no NVIDIA driver on this machine (libno-driver.so.1 does not load); install it, or choose "
+                "--provider cpu"
+            )
+    assert not (workdir / "runs").exists()
+    assert opened == []
+
+
+def test_auto_runs_on_the_cpu_without_a_gpu_and_says_so(workdir: Path, no_driver: None) -> None:
+    because = "cpu (auto: no NVIDIA driver on this machine (libno-driver.so.1 does not load))"
+    result = run("extract", "--dataset", "digits", "--model", "mini", "--limit", "20")
+    assert result.exit_code == 0
+    assert f"{because}, batches of 8" in result.stderr
+    assert because in run("embed-text", "--prompts", "generic-32", "--model", "mini").stderr
+    assert because in run("probe", "zero-shot", "--test", "runs/digits-test-mini").stderr
+
+
+def test_tensorrt_refuses_a_bundle_that_is_not_its_own(workdir: Path) -> None:
+    line = error_of("extract", "--dataset", "digits", "--model", "mini", "--provider", "tensorrt")
+    assert "this bundle is made for cpu, with operators that TensorRT has not; export one" in line
+    assert not (workdir / "runs").exists()
+
+
 def test_prompts_that_cannot_be_embedded(workdir: Path) -> None:
     Path("blank.txt").write_text("\n  \n\n")
     assert "blank.txt holds no prompt" in error_of("embed-text", "--prompts", "blank.txt", "--model", "mini")

@@ -224,11 +224,11 @@ def test_half_precision_leaves_the_reference_in_float32() -> None:
 
 @pytest.fixture
 def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def require_cuda() -> None:
+    def require(provider: str) -> None:
         if not request.param:
             raise ClipmillError("no NVIDIA driver")
 
-    monkeypatch.setattr(to_onnx, "require_cuda", require_cuda)
+    monkeypatch.setattr(to_onnx, "require", require)
     return
 
 
@@ -241,6 +241,8 @@ def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         (True, "auto", "fp32", ("cuda", "fp32")),
         (False, "cuda", None, ("cuda", "fp16")),
         (True, "cpu", None, ("cpu", "fp32")),
+        (False, "tensorrt", None, ("tensorrt", "fp16")),
+        (True, "tensorrt", "fp32", ("tensorrt", "fp32")),
     ],
     indirect=["cuda"],
 )
@@ -256,6 +258,7 @@ def test_provider_and_precision_name_a_target(
         (False, "cpu", "fp16", "fp32 or int8"),
         (False, "cuda", "int8", "fp16 or fp32"),
         (True, "auto", "int8", "fp16 or fp32"),
+        (False, "tensorrt", "int8", "fp16 or fp32"),
         (False, "auto", "fp16", "fp32 or int8"),
     ],
     indirect=["cuda"],

@@ -175,7 +175,18 @@ def _refused(
 def test_the_refusal_shows_both_values(mini: Bundle, tmp_path: Path) -> None:
     extract(mini, pictures(10), tmp_path / "run", settings())
     with pytest.raises(ClipmillError, match=r"another batch_size \(7, now 8\)"):
-        extract(mini, pictures(10), tmp_path / "run", settings(batch_size=None))
+        extract(mini, pictures(10), tmp_path / "run", settings(batch_size=8))
+
+
+def test_a_run_keeps_to_its_batch_size_where_none_is_given(mini: Bundle, tmp_path: Path) -> None:
+    """What a GPU's free memory allows is not the same every day."""
+    bad = pictures(10, {8: b"no image"})
+    with pytest.raises(ClipmillError, match="not-an-image"):
+        extract(mini, bad, tmp_path / "run", settings(shard_size=4, fail_on_error=True))
+    manifest = extract(mini, pictures(10), tmp_path / "run", settings(shard_size=4, batch_size=None))
+    assert (manifest["status"], manifest["fingerprint"]["batch_size"]) == ("complete", 7)
+    manifest = extract(mini, pictures(10), tmp_path / "run", settings(batch_size=None, overwrite=True))
+    assert manifest["fingerprint"]["batch_size"] == 8
 
 
 def test_overwrite_replaces_a_run_and_only_a_run(mini: Bundle, tmp_path: Path) -> None:

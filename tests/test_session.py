@@ -1,139 +1,177 @@
-"""Which provider runs a tower: the one that was asked for, or none. CUDA itself is played by a stub."""
+"""Which provider runs a tower, with exactly which options, and in which buffers. The GPU is played by tests/gpus.py."""
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+from gpus import GIB, REAL_SESSION, Machine, machine
+from numpy.typing import NDArray
 
 from engine import session
-from engine.bundle import Bundle
+from engine.bundle import Bundle, Target
 from engine.errors import ClipmillError
 from engine.preprocess import image_feeds
-from engine.session import Tower
+from engine.providers import TENSORRT_LIBRARIES
+from engine.session import CUDA_OPTIONS, Tower
 
-REAL_SESSION = ort.InferenceSession
-FIXED = {"batch": 3, "height": 8, "width": 10}
-
-
-class StubSession:
-    """Takes what InferenceSession takes; every one made is in `made`."""
-
-    made: ClassVar[list[StubSession]] = []
-    providers: ClassVar[list[str]] = ["CUDAExecutionProvider"]
-    embeddings: ClassVar[Any] = np.zeros((0, 128), dtype=np.float32)
-
-    def __init__(self, path: Any, options: ort.SessionOptions, **keywords: Any) -> None:
-        self.path, self.options, self.keywords = path, options, keywords
-        StubSession.made.append(self)
-
-    def get_providers(self) -> list[str]:
-        return self.providers
-
-    def run(self, names: Any, feeds: Any) -> list[Any]:
-        return [self.embeddings]
+SHAPE = {"batch": 3, "height": 8, "width": 10}
+CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+__all__ = ["machine"]  # a fixture
 
 
-@pytest.fixture
-def stub(monkeypatch: pytest.MonkeyPatch) -> type[StubSession]:
-    monkeypatch.setattr(StubSession, "made", [])
-    monkeypatch.setattr(session.ort, "InferenceSession", StubSession)
-    return StubSession
+def made_for(bundle: Bundle, provider: str, precision: str) -> Bundle:
+    return dataclasses.replace(bundle, target=Target(provider, precision))
 
 
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A machine with onnxruntime-gpu and a driver that loads; what was done to get there, in order."""
-    done: list[str] = []
-    monkeypatch.setattr(session.ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(session.ort, "preload_dlls", lambda: done.append("preload"), raising=False)
-    monkeypatch.setattr(session.ctypes, "CDLL", lambda name: done.append(name))
-    monkeypatch.setattr(session.sys, "platform", "linux")
-    return done
+def pixels(batch: int = 3, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (batch, 8, 10, 3), dtype=np.uint8)
 
 
-@pytest.fixture
-def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(session.ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(session.ctypes, "CDLL", missing)
-
-
-def pixels(batch: int = 3) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(0).integers(0, 256, (batch, 8, 10, 3), dtype=np.uint8)
-
-
-# Asked for, and not there -------------------------------------------------------------------------------------------
-
-
-def driver_loads() -> bool:
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(driver_loads(), reason="this machine has an NVIDIA driver")
-@pytest.mark.parametrize("tower", ["image", "text"])
-def test_cuda_without_a_driver_is_one_line_and_nothing_runs(
-    tower: Any, mini: Bundle, stub: type[StubSession], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session.ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+def refusal(bundle: Bundle, provider: str) -> str:
     with pytest.raises(ClipmillError) as raised:
-        Tower(mini, tower, "cuda")
-    message = str(raised.value)
-    assert message.startswith("no NVIDIA driver on this machine (")
-    assert message.endswith("does not load); install it, or choose --provider cpu")
-    assert "\n" not in message
-    assert stub.made == []
+        Tower(bundle, "image", provider, shape=SHAPE)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
 
 
-def test_an_onnxruntime_without_cuda_is_one_line(
-    mini: Bundle, stub: type[StubSession], driver: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(ClipmillError) as raised:
-        Tower(mini, "image", "cuda")
-    assert str(raised.value) == (
-        "the installed onnxruntime has no CUDA provider; install onnxruntime-gpu (and uninstall onnxruntime), or "
-        "choose --provider cpu"
-    )
-    assert (stub.made, driver) == ([], [])
+# Options ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_session_that_fell_back_is_refused(
-    mini: Bundle, stub: type[StubSession], driver: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stub, "providers", ["CPUExecutionProvider"])
-    with pytest.raises(ClipmillError) as raised:
-        Tower(mini, "image", "cuda", fixed=FIXED)
-    message = str(raised.value)
+@pytest.mark.parametrize(("target", "precision"), [("cuda", "fp16"), ("cuda", "fp32"), ("cpu", "fp32")])
+def test_the_options_of_a_cuda_session(target: str, precision: str, mini: Bundle, machine: Machine) -> None:
+    tower = Tower(made_for(mini, target, precision), "image", "cuda", device_id=1, threads=3, shape=SHAPE)
+    (made,) = machine.sessions
+    assert machine.loaded[:2] == ["libcuda.so.1", "preload"]
+    assert (tower.provider, tower.lanes, tower.dim, tower.shape) == ("cuda", 2, 128, SHAPE)
+    assert tower.why.startswith("asked for")
+    assert ("an fp16 bundle (export --provider cuda) is faster" in tower.why) == (target == "cpu")
+    assert made.path == mini.path / "image.onnx"
+    assert made.keywords == {
+        "providers": [  # and no CPUExecutionProvider behind it
+            (
+                CUDA,
+                {
+                    "device_id": "1",
+                    "arena_extend_strategy": "kSameAsRequested",
+                    "cudnn_conv_algo_search": "HEURISTIC",
+                    "do_copy_in_default_stream": "1",
+                    "use_tf32": "0",
+                },
+            )
+        ],
+        "enable_fallback": 0,
+    }
+    assert made.config("session.disable_cpu_ep_fallback") == "1"
+    assert (made.options.intra_op_num_threads, made.options.inter_op_num_threads) == (1, 1)
+    # ONNX Runtime takes a misspelt key in silence; this one it knows, for it will not have the CPU beside it
+    with pytest.raises(Exception, match="disabled fallback to the CPU EP"):
+        REAL_SESSION(made.path, made.options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    assert made.input_shapes == {"pixels": [3, 8, 10, 3], "rows": [32, 8], "columns": [32, 10]}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize("name", ["image", "text"])
+def test_the_options_of_a_tensorrt_session(name: Any, precision: str, mini: Bundle, machine: Machine) -> None:
+    shape = SHAPE if name == "image" else {"batch": 64, "length": 32}
+    bundle = made_for(mini, "tensorrt", precision)
+    tower = Tower(bundle, name, "tensorrt", device_id=1, shape=shape)
+    (made,) = machine.sessions
+    assert (tower.provider, tower.why, tower.lanes, tower.shape) == ("tensorrt", "asked for", 2, shape)
+    ((provider, options),) = made.keywords["providers"]
+    assert provider == TENSORRT
+    assert made.keywords["enable_fallback"] == 0
+    assert made.config("session.disable_cpu_ep_fallback") == "1"
+    profile = "pixels:3x8x10x3,rows:32x8,columns:32x10" if name == "image" else "input_ids:64x32,eos_position:64"
+    cache = Path(options["trt_engine_cache_path"])
+    assert cache.is_dir()
+    assert cache.parts[-4:] == ("clipmill", "tensorrt", bundle.fingerprint[:16], "NVIDIA-Test-1-10.14.1")
+    assert options == {
+        "device_id": "1",
+        "trt_fp16_enable": "True" if precision == "fp16" else "False",
+        "trt_layer_norm_fp32_fallback": "True",
+        "trt_builder_optimization_level": "3",
+        "trt_engine_cache_enable": "True",
+        "trt_engine_cache_path": str(cache),
+        "trt_engine_cache_prefix": "image-batch3-height8-width10" if name == "image" else "text-batch64-length32",
+        "trt_timing_cache_enable": "True",
+        "trt_timing_cache_path": str(cache),
+        "trt_profile_min_shapes": profile,
+        "trt_profile_opt_shapes": profile,
+        "trt_profile_max_shapes": profile,
+    }
+    shapes = ",".join(f"{name}:{'x'.join(map(str, sizes))}" for name, sizes in made.input_shapes.items())
+    assert shapes == profile  # what the graph itself says
+
+
+def test_the_options_of_a_cpu_session(mini: Bundle, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "usable_cpus", lambda: 5)
+    tower = Tower(mini, "image", "cpu", shape=SHAPE)
+    (made,) = machine.sessions
+    assert made.keywords == {"providers": [("CPUExecutionProvider", {})], "enable_fallback": 0}
+    assert made.config("session.disable_cpu_ep_fallback") == ""
+    assert (made.options.intra_op_num_threads, made.options.inter_op_num_threads, tower.lanes) == (1, 1, 5)
+    assert Tower(mini, "image", "cpu", threads=3).lanes == 3
+    assert machine.loaded == []  # nothing of CUDA was touched
+    assert (made.input_shapes["pixels"], tower.shape) == (["batch", "height", "width", 3], {})
+
+
+@pytest.mark.skipif(
+    not {CUDA, TENSORRT} <= set(ort.get_available_providers()), reason="the installed package is not onnxruntime-gpu"
+)
+def test_every_option_is_spelt_as_in_the_binaries(mini: Bundle, machine: Machine) -> None:
+    """Their names and values come from ONNX Runtime's documentation; it takes session keys that it does not know."""
+    Tower(made_for(mini, "tensorrt", "fp16"), "image", "tensorrt", shape=SHAPE)
+    options = machine.sessions[0].asked_for[1]
+    libraries = Path(ort.__file__).parent / "capi"
+    expected = {
+        "libonnxruntime_providers_cuda.so": [*CUDA_OPTIONS, "device_id", "HEURISTIC", "kSameAsRequested"],
+        "libonnxruntime_providers_tensorrt.so": [*options, "True", "False"],
+        "onnxruntime_pybind11_state*.so": [*options, "session.disable_cpu_ep_fallback", "Failed to allocate memory"],
+    }
+    for pattern, names in expected.items():
+        (library,) = libraries.glob(pattern)
+        found = library.read_bytes()
+        assert [name for name in names if name.encode() not in found] == [], pattern
+
+
+@pytest.mark.skipif(CUDA not in ort.get_available_providers(), reason="the installed package is not onnxruntime-gpu")
+def test_the_libraries_named_are_those_that_the_binaries_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.providers import libraries
+
+    for provider in ("cuda", "tensorrt"):
+        file = Path(ort.__file__).parent / "capi" / f"libonnxruntime_providers_{provider}.so"
+        try:
+            listed = subprocess.run(["readelf", "-d", file], capture_output=True, text=True, check=True).stdout
+        except FileNotFoundError:
+            pytest.skip("no readelf")
+        needed = {line.split("[")[1].rstrip("]") for line in listed.splitlines() if "(NEEDED)" in line}
+        of_nvidia = {name for name in needed if name.startswith(("libcu", "libnv"))}
+        assert of_nvidia - {"libcuda.so.1"} <= set(libraries(provider))
+    assert set(TENSORRT_LIBRARIES) <= of_nvidia
+
+
+# What is refused ----------------------------------------------------------------------------------------------------
+
+
+def test_a_session_that_fell_back_is_refused(mini: Bundle, machine: Machine) -> None:
+    machine.falls_back = True
+    message = refusal(mini, "cuda")
     assert message.startswith("provider cuda did not come up, ONNX Runtime fell back to CPUExecutionProvider; ")
-    assert message.endswith("install them or choose --provider cpu")
-    assert "\n" not in message
-    assert len(stub.made) == 1
+    assert "python cli.py providers" in message
+    assert len(machine.sessions) == 1  # no second try
 
 
-def test_what_the_runtime_says_becomes_one_line(
-    mini: Bundle, driver: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*arguments: Any, **keywords: Any) -> None:
-        raise RuntimeError("Shape nodes were assigned to the CPU\nand 200 lines of C++\n")
-
-    monkeypatch.setattr(session.ort, "InferenceSession", refuse)
-    with pytest.raises(ClipmillError) as raised:
-        Tower(mini, "text", "cuda")
-    assert str(raised.value) == (
-        f"ONNX Runtime cannot run {mini.path / 'text.onnx'} on cuda: Shape nodes were assigned to the CPU; "
+def test_what_the_runtime_says_becomes_one_line(mini: Bundle, machine: Machine) -> None:
+    machine.refuses = "Shape nodes were assigned to the CPU\nand 200 lines of C++\n"
+    assert refusal(mini, "cuda") == (
+        f"ONNX Runtime cannot run {mini.path / 'image.onnx'} on cuda: Shape nodes were assigned to the CPU; "
         "see --provider"
     )
 
@@ -148,115 +186,102 @@ def test_a_file_that_is_no_graph_is_one_line_and_quiet(
     assert capfd.readouterr().out == ""  # stdout is for data
 
 
-def int8(bundle: Bundle) -> Bundle:
-    return dataclasses.replace(bundle, target=dataclasses.replace(bundle.target, precision="int8"))
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_an_int8_bundle_on_a_gpu_is_one_line_and_nothing_runs(provider: str, mini: Bundle, machine: Machine) -> None:
+    assert refusal(made_for(mini, "cpu", "int8"), provider) == (
+        f"an int8 bundle runs on the CPU only; export an fp16 one (export --provider {provider}), or choose "
+        "--provider cpu"
+    )
+    assert (machine.sessions, machine.loaded) == ([], [])
 
 
-def test_an_int8_bundle_on_cuda_is_one_line_and_nothing_runs(
-    mini: Bundle, stub: type[StubSession], driver: list[str]
+@pytest.mark.parametrize(("target", "precision"), [("cpu", "fp32"), ("cuda", "fp16"), ("cuda", "fp32")])
+def test_tensorrt_takes_only_bundles_of_its_own(target: str, precision: str, mini: Bundle, machine: Machine) -> None:
+    message = refusal(made_for(mini, target, precision), "tensorrt")
+    assert message.startswith(f"this bundle is made for {target}, with operators that TensorRT has not; ")
+    assert "export --provider tensorrt" in message
+    assert machine.sessions == []
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(
+    mini: Bundle, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    message = refusal(made_for(mini, "tensorrt", "fp16"), "tensorrt")
+    assert message.startswith(f"cannot keep TensorRT engines in {tmp_path / 'file'}")
+    assert "XDG_CACHE_HOME" in message
+
+
+OUT_OF_MEMORY = (
+    "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running MatMul node.\n"
+    "bfc_arena.cc:376 AllocateRawInternal Failed to allocate memory for requested buffer of size 939524096"
+)
+
+
+@pytest.mark.parametrize(
+    "reason", [OUT_OF_MEMORY, "CUDA failure 2: out of memory ; GPU=0", "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED"]
+)
+def test_no_memory_for_a_session_suggests_half_the_batch(reason: str, mini: Bundle, machine: Machine) -> None:
+    machine.refuses = reason
     with pytest.raises(ClipmillError) as raised:
-        Tower(int8(mini), "image", "cuda", fixed=FIXED)
+        Tower(mini, "image", "cuda", shape=SHAPE | {"batch": 256})
     assert str(raised.value) == (
-        "an int8 bundle runs on the CPU only; export an fp16 one (export --provider cuda), or choose --provider cpu"
+        "out of GPU memory with batches of 256; try --batch-size 128, or choose another --device-id or --provider cpu"
     )
-    assert (stub.made, driver) == ([], [])
 
 
-# What is taken ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt", "cpu"])
+def test_no_memory_for_a_run_says_so(
+    provider: str, mini: Bundle, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower = Tower(made_for(mini, provider, "fp32"), "image", provider, shape=SHAPE)
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(OUT_OF_MEMORY)
+
+    monkeypatch.setattr(session._Lane, "run", refuse)
+    with pytest.raises(ClipmillError, match="^out of memory on the CPU; lower" if provider == "cpu" else "size 1, or"):
+        tower.run({})
 
 
-def test_auto_without_cuda_takes_the_cpu_and_says_why(mini: Bundle, no_driver: None) -> None:
-    tower = Tower(mini, "image", "auto", threads=1, fixed=FIXED)
-    assert tower.provider == "cpu"
-    assert tower.why.startswith("auto: no NVIDIA driver on this machine")
-    assert tower.session.get_providers() == ["CPUExecutionProvider"]
+def test_prompts_that_do_not_fit_get_no_batch_size_to_try(mini: Bundle, machine: Machine) -> None:
+    machine.refuses = OUT_OF_MEMORY
+    with pytest.raises(ClipmillError, match="batches of 64; free some of it, or choose another --device-id"):
+        Tower(mini, "text", "cuda", shape={"batch": 64, "length": 32})
+
+
+# auto ---------------------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_cuda_when_it_comes_up(mini: Bundle, machine: Machine) -> None:
+    tower = Tower(made_for(mini, "cuda", "fp16"), "image", shape=SHAPE)
+    assert (tower.provider, tower.why, tower.shape) == ("cuda", "auto: a CUDA session came up", SHAPE)
+    assert len(machine.sessions) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"driver": False}, "auto: no NVIDIA driver on this machine (libcuda.so.1 does not load)"),
+        ({"missing": {"libcudnn.so.9"}}, "auto: there is an NVIDIA driver, but libcudnn.so.9 cannot be loaded"),
+        ({"refuses": OUT_OF_MEMORY}, "auto: out of GPU memory with batches of 3"),
+    ],
+)
+def test_auto_takes_the_cpu_and_says_why(change: dict[str, Any], why: str, mini: Bundle, machine: Machine) -> None:
+    vars(machine).update(change)
+    tower = Tower(mini, "image", threads=1, shape=SHAPE)
+    assert (tower.provider, tower.why, tower.lanes, tower.shape) == ("cpu", why, 1, {})
+    assert machine.sessions[-1].asked_for == ("CPUExecutionProvider", {})
     images = pixels(5)  # not the fixed batch: a CPU session stays dynamic
-    asked_for = Tower(mini, "image", "cpu", threads=1)
-    assert asked_for.why == "asked for"
-    np.testing.assert_array_equal(
-        tower.run(image_feeds(images, mini.preprocessing)), asked_for.run(image_feeds(images, mini.preprocessing))
-    )
+    assert tower.run(image_feeds(images, mini.preprocessing)).shape == (5, 128)
 
 
-def test_auto_takes_cuda_when_it_comes_up(mini: Bundle, stub: type[StubSession], driver: list[str]) -> None:
-    tower = Tower(mini, "image", fixed=FIXED)
-    assert (tower.provider, tower.why) == ("cuda", "auto: a CUDA session came up")
-    assert len(stub.made) == 1
-
-
-def test_auto_takes_the_cpu_when_the_session_falls_back(
-    mini: Bundle, stub: type[StubSession], driver: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stub, "providers", ["CPUExecutionProvider"])
-    tower = Tower(mini, "image", fixed=FIXED)
-    assert tower.provider == "cpu"
-    assert tower.why.startswith("auto: provider cuda did not come up")
-    assert [made.keywords["providers"][0] for made in stub.made][1] == "CPUExecutionProvider"
-
-
-def test_auto_takes_the_cpu_for_an_int8_bundle_and_leaves_cuda_alone(
-    mini: Bundle, stub: type[StubSession], driver: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stub, "providers", ["CPUExecutionProvider"])
-    tower = Tower(int8(mini), "image", threads=2, fixed=FIXED)
+def test_auto_takes_the_cpu_for_an_int8_bundle_and_leaves_cuda_alone(mini: Bundle, machine: Machine) -> None:
+    tower = Tower(made_for(mini, "cpu", "int8"), "image", threads=2, shape=SHAPE)
     assert (tower.provider, tower.why, tower.lanes) == ("cpu", "auto: an int8 bundle runs on the CPU only", 2)
-    assert [made.keywords["providers"] for made in stub.made] == [["CPUExecutionProvider"]]
-    assert driver == []
-
-
-def test_the_options_of_a_cuda_session(mini: Bundle, stub: type[StubSession], driver: list[str]) -> None:
-    tower = Tower(mini, "image", "cuda", threads=3, fixed=FIXED)
-    (made,) = stub.made
-    assert driver == ["libcuda.so.1", "preload"]
-    assert (tower.provider, tower.why, tower.lanes, tower.dim) == ("cuda", "asked for", 1, 128)
-    assert made.path == mini.path / "image.onnx"
-    assert made.keywords == {
-        "providers": [  # and no CPUExecutionProvider behind it
-            (
-                "CUDAExecutionProvider",
-                {
-                    "arena_extend_strategy": "kSameAsRequested",
-                    "cudnn_conv_algo_search": "HEURISTIC",
-                    "do_copy_in_default_stream": "1",
-                    "use_tf32": "0",
-                },
-            )
-        ],
-        "enable_fallback": 0,
-    }
-    assert made.options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
-    # ONNX Runtime takes a misspelt key in silence; this one it knows, for it will not have the CPU beside it
-    with pytest.raises(Exception, match="disabled fallback to the CPU EP"):
-        REAL_SESSION(made.path, made.options, providers=["CPUExecutionProvider"], enable_fallback=0)
-    assert input_shapes(made) == {"pixels": [3, 8, 10, 3], "rows": [32, 8], "columns": [32, 10]}
-
-
-def input_shapes(made: StubSession) -> dict[str, list[int | str]]:
-    """The shapes that the graph has in a real session on the CPU with the same options, all but one."""
-    made.options.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
-    real = REAL_SESSION(made.path, made.options, providers=["CPUExecutionProvider"])
-    return {value.name: value.shape for value in real.get_inputs()}
-
-
-def test_the_text_tower_on_cuda_has_one_shape(mini: Bundle, stub: type[StubSession], driver: list[str]) -> None:
-    Tower(mini, "text", "cuda", fixed={"batch": 64, "length": 32})
-    (made,) = stub.made
-    assert input_shapes(made) == {"input_ids": [64, 32], "eos_position": [64]}
-
-
-def test_the_options_of_a_cpu_session(
-    mini: Bundle, stub: type[StubSession], driver: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stub, "providers", ["CPUExecutionProvider"])
-    monkeypatch.setattr(session, "usable_cpus", lambda: 5)
-    tower = Tower(mini, "image", "cpu", fixed=FIXED)
-    (made,) = stub.made
-    assert made.keywords == {"providers": ["CPUExecutionProvider"], "enable_fallback": 0}
-    assert (made.options.intra_op_num_threads, made.options.inter_op_num_threads, tower.lanes) == (1, 1, 5)
-    assert Tower(mini, "image", "cpu", threads=3).lanes == 3
-    assert driver == []  # nothing of CUDA was touched
-    assert input_shapes(made)["pixels"] == ["batch", "height", "width", 3]
+    assert [made.asked_for[0] for made in machine.sessions] == ["CPUExecutionProvider"]
+    assert machine.loaded == []
 
 
 # Running ------------------------------------------------------------------------------------------------------------
@@ -264,14 +289,12 @@ def test_the_options_of_a_cpu_session(
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_embeddings_that_are_not_finite_are_refused(
-    bad: float, mini: Bundle, stub: type[StubSession], driver: list[str], monkeypatch: pytest.MonkeyPatch
+    bad: float, mini: Bundle, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embeddings = np.ones((3, 128), dtype=np.float16)
-    monkeypatch.setattr(stub, "embeddings", embeddings)
-    tower = Tower(mini, "image", "cuda", fixed=FIXED)
-    result = tower.run({})
-    assert result.dtype == np.float32
-    np.testing.assert_array_equal(result, np.ones((3, 128)))
+    embeddings = np.ones((3, 128), dtype=np.float32)
+    monkeypatch.setattr(session._Lane, "run", lambda *_: embeddings)
+    tower = Tower(made_for(mini, "cuda", "fp16"), "image", "cuda", shape=SHAPE)
+    np.testing.assert_array_equal(tower.run({}), embeddings)
     embeddings[2, 127] = bad
     with pytest.raises(ClipmillError) as raised:
         tower.run({})
@@ -279,6 +302,62 @@ def test_embeddings_that_are_not_finite_are_refused(
         "the cuda provider returned embeddings that are not finite: the bundle's precision overflows there; "
         "export the model in fp32"
     )
+
+
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_bound_buffers_give_what_a_plain_run_gives_to_the_bit(provider: str, mini: Bundle, machine: Machine) -> None:
+    tower = Tower(mini, "image", provider, threads=2, shape=SHAPE)
+    batches = [image_feeds(pixels(3, seed), mini.preprocessing) for seed in range(24)]
+    with ThreadPoolExecutor(tower.lanes) as pool:
+        found = list(pool.map(tower.run, batches))
+    for feeds, embeddings in zip(batches, found, strict=True):
+        (plain,) = tower.session.run(None, feeds)
+        np.testing.assert_array_equal(embeddings, plain)
+    assert len({embeddings.ctypes.data for embeddings in found}) == 24  # none is a buffer that the next run fills
+
+
+def test_the_buffers_of_a_gpu_are_made_once_a_lane_and_on_its_device(
+    mini: Bundle, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower = Tower(mini, "image", "cuda", device_id=1, shape=SHAPE)
+    copied: list[str] = []
+    update = ort.OrtValue.update_inplace
+
+    def watch(buffer: ort.OrtValue, array: Any) -> None:
+        copied.append(str(array.dtype))
+        update(buffer, array)
+
+    monkeypatch.setattr(ort.OrtValue, "update_inplace", watch)
+    batch = pixels()  # one array, filled again for each batch, as the stream does
+    for seed in range(10):
+        batch[:] = pixels(3, seed)
+        feeds = image_feeds(batch, mini.preprocessing)
+        np.testing.assert_array_equal(tower.run(feeds), tower.session.run(None, feeds)[0])
+    assert machine.buffers == [
+        ((3, 8, 10, 3), np.uint8, "cuda", 1),
+        ((32, 8), np.float32, "cuda", 1),
+        ((32, 10), np.float32, "cuda", 1),
+        ((3, 128), np.float32, "cuda", 1),
+    ]
+    assert sorted(copied) == ["float32"] * 2 + ["uint8"] * 10  # the matrices go up once
+
+
+def test_on_the_cpu_a_batch_may_have_any_size_and_length(mini: Bundle) -> None:
+    tower = Tower(mini, "text", "cpu", threads=1)
+    random = np.random.default_rng(0)
+    for rows, length in ((3, 5), (3, 5), (1, 5), (4, 9), (3, 5)):
+        feeds = {
+            "input_ids": random.integers(0, 900, (rows, length)),
+            "eos_position": random.integers(0, length, rows),
+        }
+        np.testing.assert_array_equal(tower.run(feeds), tower.session.run(None, feeds)[0])
+
+
+def test_a_dtype_that_the_graph_does_not_take_is_no_silent_reinterpretation(mini: Bundle) -> None:
+    tower = Tower(mini, "text", "cpu", threads=1)
+    tower.run({"input_ids": np.zeros((2, 4), np.int64), "eos_position": np.ones(2, np.int64)})
+    with pytest.raises(Exception, match="Unexpected input data type"):
+        tower.run({"input_ids": np.zeros((2, 4), np.int32), "eos_position": np.ones(2, np.int64)})
 
 
 def test_a_tower_gives_unit_rows_that_do_not_depend_on_their_batch(mini: Bundle) -> None:
@@ -299,3 +378,25 @@ def test_many_threads_may_run_one_tower_at_once(mini: Bundle) -> None:
     with ThreadPoolExecutor(4) as pool:
         for feeds, embeddings in zip(batches, pool.map(tower.run, batches), strict=True):
             np.testing.assert_array_equal(embeddings, tower.run(feeds))
+
+
+# Batch size ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "fits"),
+    [
+        (10 * GIB, 10 * GIB, 256),  # nothing to be seen
+        (70 * GIB, 69 * GIB, 64),  # 0.8 x 70 GiB for two lanes of 1/3 GiB an image: 84
+        (4 * GIB, 1 * GIB, 1),
+        (3 * GIB, 0, 1),  # 1.2 images
+        (1 * GIB, -1, 1),  # not even one: the session will say so
+    ],
+)
+def test_the_batch_that_fits_is_a_power_of_two(
+    before: int, after: int, fits: int, mini: Bundle, machine: Machine
+) -> None:
+    tower = Tower(mini, "image", "cuda", shape=SHAPE)
+    machine.free = [before, max(after, 0)]
+    assert tower.batch_that_fits(image_feeds(pixels(), mini.preprocessing), 256) == fits
+    assert machine.free == []

@@ -307,22 +307,3 @@ def test_many_threads_that_are_idle_half_the_time_bind_nothing(
     dataset = watched(pictures(12, size=(8, 8)), slow(lambda row: None))
     summary = extract(mini, dataset, tmp_path / "run", settings(batch_size=1, workers=4, threads=4))["summary"]
     assert summary["bound_by"] == "read"
-
-
-def test_the_batch_size_is_the_providers(mini: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fixed: list[Any] = []
-
-    class OnCuda(Tower):
-        """One that came up on CUDA, as far as the stream can tell."""
-
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            fixed.append(options.pop("fixed"))
-            super().__init__(mini, "image", "cpu", threads=1)
-            self.provider = "cuda"
-
-    summary = extract(mini, pictures(9), tmp_path / "cpu", settings(batch_size=None))["summary"]
-    assert (summary["provider"], summary["batch_size"]) == ("cpu", 8)
-    monkeypatch.setattr(stream, "Tower", OnCuda)
-    summary = extract(mini, pictures(9), tmp_path / "cuda", settings(provider="auto", batch_size=None))["summary"]
-    assert (summary["provider"], summary["batch_size"]) == ("cuda", 256)
-    assert fixed == [{"batch": 256, "height": 32, "width": 32}]

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from engine import text
 from engine.bundle import Bundle
 from engine.errors import ClipmillError
 from engine.session import Tower
@@ -143,26 +142,6 @@ def test_batches_run_in_lanes(mini: Bundle, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Tower, "run", meet)
     assert embed_prompts(mini, [f"{n}" for n in range(4 * 16)], "cpu", threads=2).shape == (64, 128)
-
-
-def test_on_cuda_every_batch_has_one_shape(
-    mini: Bundle, watched: list[dict[str, NDArray[np.int64]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class OnCuda(Tower):
-        """One that came up on CUDA, as far as embed_tokens can tell."""
-
-        def __init__(self, bundle: Bundle, name: Any, provider: str, **options: Any) -> None:
-            assert options["fixed"] == {"batch": 64, "length": CONTEXT}
-            super().__init__(bundle, name, "cpu", threads=1)
-            self.provider = "cuda"
-
-    prompts = [f"{'a ' * (n % 9)}{n}" for n in range(100)]
-    expected = embed_prompts(mini, prompts, "cpu")
-    watched.clear()
-    monkeypatch.setattr(text, "Tower", OnCuda)
-    np.testing.assert_allclose(embed_prompts(mini, prompts, "cuda"), expected, rtol=0, atol=1e-6)
-    shapes = [(feeds["input_ids"].shape, feeds["eos_position"].shape) for feeds in watched]
-    assert shapes == [((64, CONTEXT), (64,))] * 2
 
 
 def test_no_prompts_are_no_embeddings(mini: Bundle) -> None:
