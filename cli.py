@@ -610,7 +610,7 @@ def temperature(
         text = text_embeddings(prompts, blocks, model, provider)
         with mistakes_of("temperature"):
             result = entropy_sweep(blocks.embeddings(), text.X, chosen)
-    report({**result, "prompt_set": prompts, "test": {"run": test}}, output, as_json)
+    report({**result, "prompt_set": prompts, "train": {"run": train}, "test": {"run": test}}, output, as_json)
 
 
 @probe.command()
@@ -815,30 +815,21 @@ def fused_command(
         --train runs/cifar10-sample-train-mini --test runs/cifar10-sample-test-mini
     """
     from probes.embeddings import require_same_bundle
-    from probes.fused_metrics import fused
+    from probes.experiments import fused_runs
     from probes.prompt_maps import read_map
 
     train_run, test_run = comparable_runs(train, test)
-    prompt_map = read_map(map_name)
-    names = test_run.decided()
-    grouped = strategy == "grouped"
-    prompts = prompt_map.group_prompts() if grouped else prompt_map.class_prompts(names)
-    text = embedded(prompts, test_run, model, provider)
-    require_same_bundle(test_run, text)
+
+    def embed(prompts: Sequence[str]) -> Any:
+        text = embedded(list(prompts), test_run, model, provider)
+        require_same_bundle(test_run, text)
+        return text.X
+
     with mistakes_of("fused"):
-        result = fused(
-            train_run.X,
-            train_run.positions(),
-            test_run.X,
-            test_run.positions(),
-            text.X,
-            strategy,
-            groups=prompt_map.group_of_class(names) if grouped else None,
-            swap=prompt_map.swapped(names) if strategy == "swapped" else None,
-            clusters_per_class=clusters_per_class,
+        result = fused_runs(
+            train_run, test_run, read_map(map_name), strategy, embed, clusters_per_class=clusters_per_class
         )
-    result["missing_classes"] = [(prompts if grouped else names)[index] for index in result["missing_classes"]]
-    report({**result, "prompts": prompts, "train": described(train_run), "test": described(test_run)}, output, as_json)
+    report({**result, "train": described(train_run), "test": described(test_run)}, output, as_json)
 
 
 def numbers(text: str, flag: str) -> list[float]:
@@ -928,9 +919,9 @@ def report(result: dict[str, Any], output: Path | None, as_json: bool) -> None:
             click.echo(f"{name:<16} {value}")
         elif value is None or name in ("best", "worst", "first", "missing_classes"):
             click.echo(f"{name:<16} {', '.join(map(str, value or ())) or 'none'}")
-    for name in ("points", "sweep", "curve", "validation"):
-        if name in result:
-            click.echo(f"\n{name}")
+    for name in ("per_class", "points", "sweep", "curve", "validation"):
+        if result.get(name):
+            click.echo(f"\n{name.replace('_', ' ')}")
             columns = {column: column.replace("_", " ") for column in result[name][0]}
             table(
                 [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in result[name]],
@@ -996,9 +987,11 @@ def study(
     except ModuleNotFoundError as error:
         raise ClipmillError(f"study needs {error.name}, which is not installed: pip install -e '.[study]'") from error
     chosen = load_study(name)
-    names = [part.strip() for part in only.split(",")] if only else []
+    names = [part.strip() for part in (only or "").split(",") if part.strip()]
     rows = chosen.chosen(names)
     replaced = dict(replacement(pair) for pair in prompts)
+    for unused in replaced.keys() - {row.parameters.get("prompts") for row in rows}:
+        raise ClipmillError(f"--prompts {unused}=...: none of the rows to run is on {unused}")
     bundle = find_bundle(model or PROFILES[profile], provider)
     folder = output or Path("studies") / f"{name}-{profile}-{bundle.name}"
     runs: dict[tuple[Source, str], ImageEmbeddings | ClipmillError] = {}
@@ -1034,7 +1027,7 @@ def study(
         replaced,
     )
     if profile == "paper":
-        announce(bundle, rows, provider, data_dir)
+        announce(bundle, rows, provider, data_dir, not no_download)
     results = run(chosen, profile, folder, tools, names, say)
     plots = draw(results, folder / "plots")
     report_file = write_report(results, plots, folder)
@@ -1087,7 +1080,7 @@ def study_run(
     return load_run(path)
 
 
-def announce(bundle: Bundle, rows: Sequence[Row], provider: str, data_dir: Path | None) -> None:
+def announce(bundle: Bundle, rows: Sequence[Row], provider: str, data_dir: Path | None, download: bool) -> None:
     """What a study on whole datasets will download, and about how long it takes here."""
     import tempfile
 
@@ -1103,7 +1096,8 @@ def announce(bundle: Bundle, rows: Sequence[Row], provider: str, data_dir: Path 
         share = source.classes / (info.classes or 1) if source.classes else 1
         images += round(share * sum(count or 0 for count in info.splits.values()))
     for info in {row.dataset.name: known[row.dataset.name] for row in rows}.values():
-        say(f"{info.name}: {'is there' if info.cached else 'will be downloaded'} ({info.what})")
+        there = "is there" if info.cached else "will be downloaded" if download else "is not there"
+        say(f"{info.name}: {there} ({info.what})")
     with tempfile.TemporaryDirectory() as folder:
         sample = open_dataset("cifar10-sample", "test", 64)
         summary = extract(bundle, sample, Path(folder) / "run", Settings(provider=provider))["summary"]
@@ -1114,7 +1108,7 @@ def announce(bundle: Bundle, rows: Sequence[Row], provider: str, data_dir: Path 
     )
     if fits := svm_fits(rows):
         minutes = fits * svm_seconds(50_000) / 60
-        say(f"{fits} SVMs on up to 75,750 images: very roughly {minutes:.0f} min at 50,000 each")
+        say(f"{fits} SVMs: very roughly {minutes:.0f} min at 50,000 images and 512 dimensions each")
 
 
 def replacement(pair: str) -> tuple[str, tuple[str, list[str]]]:
@@ -1240,11 +1234,13 @@ def prompts(as_json: bool) -> None:
     Example:
       python cli.py prompts
     """
+    from probes.prompt_maps import prompt_maps
     from probes.prompts import prompt_sets, read_prompts
 
     sets = {name: read_prompts(name) for name in prompt_sets()}
     rows = [{"set": name, "prompts": len(texts), "first": texts[0]} for name, texts in sets.items()]
     table(rows, {"set": "set", "prompts": "prompts", "first": "first prompt"}, as_json)
+    say(f"prompt maps, for `probe fused --map`: {', '.join(prompt_maps())}")
 
 
 # bench --------------------------------------------------------------------------------------------------------------

@@ -136,9 +136,8 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     """
     path = Path(path).expanduser()
     if not (path / "bundle.json").is_file():
-        raise ClipmillError(
-            f"no bundle at {path}: make one with `python cli.py export` or name another with --model BUNDLE"
-        )
+        command = "python cli.py export" + (" --model mini" if path.name == "mini" else "")
+        raise ClipmillError(f"no bundle at {path}: make one with `{command}` or name another with --model BUNDLE")
     stored = read_json(path / "bundle.json")
     if stored.get("format_version") != FORMAT_VERSION:
         raise ClipmillError(

@@ -91,8 +91,9 @@ def calibrated_zero_shot(
     """Fit tau on the validation rows, calibrate zero-shot classification of the test rows with it: X (N, D), y (N,).
 
     text_embeddings (K, D) holds one row a class, in label order; tau is the model's own. Returns probe, chance (1 / K),
-    rows, validation_rows, fitted_tau, accuracy (which no tau changes), ece and nll at fitted_tau, and the `calibration`
-    of the test rows before (at tau) and after. Raises ValueError as `calibration`, `fit_tau` and `cosine_logits` do.
+    rows, validation_rows, fitted_tau, accuracy (which no tau changes), ece and nll at fitted_tau, own_tau with own_ece
+    and own_nll, and the `calibration` of the test rows before (at tau) and after. Raises ValueError as `calibration`,
+    `fit_tau` and `cosine_logits` do.
     """
     text = check_text_embeddings(text_embeddings)
     validation_logits, test_logits = cosine_logits(validation_X, text), cosine_logits(test_X, text)
@@ -106,6 +107,7 @@ def calibrated_zero_shot(
         "validation_rows": len(validation_logits),
         "fitted_tau": fitted_tau,
         **{name: after[name] for name in ("accuracy", "ece", "nll")},
+        **{f"own_{name}": before[name] for name in ("tau", "ece", "nll")},
         "before": before,
         "after": after,
     }

@@ -4,15 +4,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.errors import ClipmillError
 from engine.kernels import Floats, cosine_logits
 from probes.calibration import calibrated_zero_shot
 from probes.clustering import cluster
 from probes.common import Result, name_classes
 from probes.embeddings import ImageEmbeddings
-from probes.fused_metrics import fused
+from probes.fused import derangement
+from probes.fused_metrics import Strategy, fused
 from probes.linear import baseline, class_agnostic
 from probes.modality import modality_gap
-from probes.prompt_maps import read_map
+from probes.prompt_maps import PromptMap, read_map
 from probes.prompts import fill_template
 from probes.redundancy import redundancy
 from probes.temperature import entropy_sweep, regularisation
@@ -89,25 +91,53 @@ def _modality_gap(material: Material) -> Result:
 
 
 def _fused(material: Material) -> Result:
-    test, strategy = material.run("test"), material.parameters["strategy"]
-    names = test.decided()
     prompt_map = read_map(material.parameters["map"])
-    prompts = prompt_map.group_prompts() if strategy == "grouped" else prompt_map.class_prompts(names)
-    train = material.run("train")
+    strategy = material.parameters["strategy"]
+    return fused_runs(material.run("train"), material.run("test"), prompt_map, strategy, material.embed, view=True)
+
+
+def fused_runs(
+    train: ImageEmbeddings,
+    test: ImageEmbeddings,
+    prompt_map: PromptMap,
+    strategy: Strategy,
+    embed: Callable[[Sequence[str]], Floats],
+    *,
+    clusters_per_class: int | None = None,
+    view: bool = False,
+) -> Result:
+    """`fused` of two runs with the prompts, groups and swap of a map; ClipmillError for classes that do not fit it.
+
+    Adds prompts (of the classes or groups, in order), classes_by_name and, for "swapped", swap (the class that each
+    prompt is given to); missing_classes are names.
+    """
+    names = test.decided()
+    if len(names) < 2:
+        raise ClipmillError(f'the run at {test.path} has one class only, "{names[0]}": there is nothing to tell apart')
+    grouped = strategy == "grouped"
+    prompts = prompt_map.group_prompts() if grouped else prompt_map.class_prompts(names)
+    swap = None
+    if strategy == "swapped":
+        swap = prompt_map.swapped(names) or derangement(len(names)).tolist()
     found = fused(
         train.X,
         train.positions(),
         test.X,
         test.positions(),
-        material.embed(prompts),
+        embed(prompts),
         strategy,
-        groups=prompt_map.group_of_class(names) if strategy == "grouped" else None,
-        swap=prompt_map.swapped(names) if strategy == "swapped" else None,
-        view=True,
+        groups=prompt_map.group_of_class(names) if grouped else None,
+        swap=swap,
+        clusters_per_class=clusters_per_class,
+        view=view,
     )
+    labels = prompts if grouped else names
     return {
         **found,
-        "missing_classes": [(prompts if strategy == "grouped" else names)[i] for i in found["missing_classes"]],
+        "missing_classes": [labels[index] for index in found["missing_classes"]],
+        "prompts": prompts,
+        "classes_by_name": names,
+        **({"swap": [names[label] for label in swap]} if swap else {}),
     }
 
 
@@ -126,14 +156,14 @@ EXPERIMENTS: Mapping[str, Callable[[Material], Result]] = {
 TEST_ONLY = ("zero-shot", "cluster", "entropy-sweep", "modality-gap")  # these learn from no image
 MEASURES: Mapping[str, Sequence[str]] = {  # what a table shows of each, besides what was published
     **dict.fromkeys(("baseline", "zero-shot", "class-agnostic"), ("accuracy",)),
-    "cluster": ("purity",),
+    "cluster": ("purity", "ari", "nmi"),
     "entropy-sweep": ("mean_entropy",),
     "regularisation": ("agreement",),
-    "calibration": ("ece",),
-    "redundancy": ("effective_rank",),
-    "modality-gap": ("gap",),
+    "calibration": ("own_ece", "ece", "own_nll", "nll", "fitted_tau"),
+    "redundancy": ("accuracy", "effective_rank", "centred_effective_rank", "effective_rank_of_logits"),
+    "modality-gap": ("gap", "matched_cosine", "unmatched_cosine", "image_cosine", "text_cosine"),
     "fused": (
-        *("accuracy", "nearest_centroid_accuracy", "zero_shot_accuracy", "missing_classes"),
+        *("accuracy", "nearest_centroid_accuracy", "zero_shot_accuracy", "majority_accuracy", "missing_classes"),
         *("silhouette", "ari", "nmi", "ami", "test_silhouette", "test_ari", "test_nmi", "test_ami"),
     ),
 }

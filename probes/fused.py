@@ -148,7 +148,13 @@ def choose_clusters_per_class(classifier: FusedCentroidClassifier, X: npt.ArrayL
     """
     fifth = StratifiedShuffleSplit(1, test_size=0.2, random_state=classifier.random_state)
     candidates = {"clusters_per_class": CLUSTERS_PER_CLASS}
-    search = GridSearchCV(clone(classifier), candidates, cv=fifth, refit=False, error_score="raise").fit(X, y)
+    search = GridSearchCV(clone(classifier), candidates, cv=fifth, refit=False, error_score="raise")
+    try:
+        search.fit(X, y)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} (in choosing among 1, 2 and 5 clusters a class; say how many to spare that)"
+        ) from error
     return int(search.best_params_["clusters_per_class"])
 
 

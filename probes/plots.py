@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from engine.files import atomic_file
 
@@ -156,8 +157,12 @@ def _tsne(row: Mapping[str, Any]) -> Figure:
     for across, split in zip(axes, ("train", "test"), strict=True):
         view = row["result"]["view"][split]
         for one, colours, title in zip(across, ("label", "assigned"), ("true label", "label of cluster"), strict=True):
-            one.scatter(view["x"], view["y"], c=view[colours], s=4, cmap="tab10", vmin=0, vmax=9)
+            dots = one.scatter(view["x"], view["y"], c=view[colours], s=4, cmap="tab10", vmin=0, vmax=9)
             one.set(title=f"{split}, by {title}", xticks=[], yticks=[])
+    result = row["result"]
+    names = result["prompts"] if result["strategy"] == "grouped" else result["classes_by_name"]
+    colour = [Line2D([], [], marker="o", linestyle="", color=dots.to_rgba(label)) for label in range(len(names))]
+    figure.legend(colour, names, loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
 
@@ -201,7 +206,8 @@ def _published(axes: Axes, rows: Rows, measure: str, places: Sequence[float] | A
     known = [(place, row["published"][measure]) for place, row in zip(places, rows, strict=True) if row["published"]]
     if known:
         at, values = zip(*known, strict=True)
-        axes.plot(*((values, at) if along_y else (at, values)), "D", color=PUBLISHED, label="published")
+        label = "published" if any(row["comparable"] for row in rows) else "published (reference)"
+        axes.plot(*((values, at) if along_y else (at, values)), "D", color=PUBLISHED, label=label)
 
 
 def _entropy_axis(axes: Axes, places: Sequence[float], rows: Rows) -> None:

@@ -4,10 +4,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import qr
 from scipy.special import entr
-from sklearn.svm import SVC
 from sklearn.utils import check_array
 
 from engine.kernels import Doubles, cosine_logits
+from probes.classifiers import SEED, linear_svm
 from probes.common import Result, check_labels, check_text_embeddings
 
 
@@ -61,12 +61,12 @@ def redundancy(
     train_logits, test_logits = cosine_logits(train_X, text), cosine_logits(test_X, text)
 
     def accuracy(prompts: npt.NDArray[np.int64]) -> float:
-        svm = SVC(kernel="linear", C=1.0, random_state=42).fit(train_logits[:, prompts], train_labels)
+        svm = linear_svm().fit(train_logits[:, prompts], train_labels)
         return float(svm.score(test_logits[:, prompts], test_labels))
 
     count = len(text)
     order = greedy_order(train_logits)
-    at_random = np.random.default_rng(42).permutation(count)
+    at_random = np.random.default_rng(SEED).permutation(count)
     curve = []
     k = 1
     while k < count:

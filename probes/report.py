@@ -47,7 +47,7 @@ def trend_lines(results: Mapping[str, Any]) -> list[str]:
     lines = []
     for trend in results["trends"]:
         pairs = zip(trend["rows"], trend["values"], strict=True) if trend["values"] else []
-        values = " > ".join(f"{row} {value:.4f}" for row, value in sorted(pairs, key=lambda pair: -pair[1]))
+        values = ", ".join(f"{row} {value:.4f}" for row, value in pairs)
         lines.append(
             f"{words[trend['holds']]}: {trend['claim']}" + (f" ({trend['measure']}: {values})" if values else "")
         )
@@ -80,8 +80,11 @@ def write_report(results: Mapping[str, Any], plots: Sequence[Path], output: Path
 
 
 def _note(row: Mapping[str, Any]) -> str:
-    reason = f" {row['needs'].capitalize()}: {row['reason']}." if row["status"] != "done" else ""
-    return f"{row['note']}{reason}"
+    if row["status"] != "done":
+        return f"{row['note']} {row['needs'].capitalize()}: {row['reason']}."
+    chosen = row["result"].get("chosen", {})
+    told = "".join(f" Chosen on the validation part: {name} = {value:g}." for name, value in chosen.items())
+    return f"{row['note']}{told}"
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -91,7 +94,7 @@ def _table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _classes(results: Mapping[str, Any]) -> Iterator[str]:
-    """The classification report of the baselines and of zero-shot: the best and the worst classes by F1."""
+    """The classification report of the baselines and of zero-shot, the best and the worst classes by F1 named."""
     rows = [row for row in results["rows"] if row["status"] == "done" and "per_class" in row["result"]]
     told = [row for row in rows if row["section"] in ("baseline", "zero-shot")]
     if not told:
@@ -99,4 +102,9 @@ def _classes(results: Mapping[str, Any]) -> Iterator[str]:
     yield "## Classes, by F1"
     for row in told:
         best, worst = (", ".join(map(str, row["result"][end])) for end in ("best", "worst"))
-        yield f"**{row['id']}**: best {best}; worst {worst}."
+        scores = [
+            f"| {c.get('name', c['label'])} | {c['precision']:.3f} | {c['recall']:.3f} | {c['f1']:.3f} | {c['rows']} |"
+            for c in row["result"]["per_class"]
+        ]
+        yield f"**{row['id']}** on {row['data']}: best {best}; worst {worst}."
+        yield "\n".join(["| class | precision | recall | F1 | rows |", "|---|---|---|---|---|", *scores])

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array, eye_array
 from scipy.sparse.csgraph import connected_components, laplacian, minimum_spanning_tree
-from scipy.sparse.linalg import eigsh
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from sklearn.cluster import KMeans
 from sklearn.metrics import pairwise_distances_argmin, pairwise_distances_argmin_min
 from sklearn.metrics.pairwise import euclidean_distances
@@ -113,6 +113,11 @@ def _spectral_embedding(graph: csr_array, dimensions: int, random_state: int) ->
     # The smallest eigenvalues of L are the largest of I - L, which needs products only. scikit-learn's "arpack" inverts
     # L, and neighbour graphs of many dimensions fill its factors: 10,000 points of noise took more than 100 s in place
     # of 1 s; "lobpcg" takes twice as long as this and warns where eigenvalues lie close together, as light edges do.
-    _, vectors = eigsh(eye_array(graph.shape[0]) - normalised, k=dimensions, which="LA", v0=start)
+    try:
+        _, vectors = eigsh(eye_array(graph.shape[0]) - normalised, k=dimensions, which="LA", v0=start)
+    except ArpackNoConvergence as error:
+        raise ValueError(
+            f"the neighbour graph's eigenvectors were not found: {error}; ask for fewer clusters"
+        ) from error
     embedding: Doubles = vectors / root_degrees[:, np.newaxis]
     return embedding

@@ -152,7 +152,7 @@ def run(
         "profile": profile,
         "bundle": dict(tools.bundle),
         "versions": library_versions(LIBRARIES),
-        "seeds": {"svm": SEED, "kmeans": SEED, "validation": SEED},
+        "random_state": SEED,  # of all that is drawn, but for classes: their seed is in the name of the data
         "rows": results,
         "trends": [_trend(trend, profile, by_id) for trend in study.trends if not only or set(trend.rows) & set(by_id)],
     }

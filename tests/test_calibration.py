@@ -99,6 +99,9 @@ def test_calibrated_zero_shot_result() -> None:
         "accuracy": (test_z.argmax(axis=1) == test_y).mean(),
         "ece": after["ece"],
         "nll": pytest.approx(calibration(test_z, test_y, after["tau"])["nll"], rel=1e-5),
+        "own_tau": 0.5,
+        "own_ece": before["ece"],
+        "own_nll": before["nll"],
     }
     assert (before["tau"], after["tau"], after["accuracy"]) == (0.5, result["fitted_tau"], before["accuracy"])
     assert after["nll"] < before["nll"]

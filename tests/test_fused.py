@@ -248,6 +248,7 @@ def test_a_result_is_what_scikit_learn_says_of_the_classifier(strategy: Any, mon
         "strategy": strategy,
         "accuracy": (predicted == test_y).mean(),
         "chance": 1 / classes,
+        "majority_accuracy": max(np.unique(test_y, return_counts=True)[1]) / len(test_y),
         "classes": classes,
         "missing_classes": classifier.missing_classes_.tolist(),
         "clusters": 2 * classes,
