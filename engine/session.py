@@ -117,7 +117,7 @@ class _Lane:
     """
 
     def __init__(self, tower: Tower) -> None:
-        self._session, self._dim = tower.session, tower.dim
+        self._session = tower.session
         self._device = ("cpu", 0) if tower.provider == "cpu" else ("cuda", tower.device_id)
         self._binding = tower.session.io_binding()
         self._inputs: dict[str, tuple[ort.OrtValue, NDArray[Any]]] = {}  # buffer, and what was last put into it
@@ -128,8 +128,9 @@ class _Lane:
             self._put(name, array)
         rows = len(feeds[self._session.get_inputs()[0].name])
         if self._output is None or self._output.shape()[0] != rows:
-            self._output = self._buffer((rows, self._dim), np.float32)
-            self._binding.bind_ortvalue_output(self._session.get_outputs()[0].name, self._output)
+            (embedding,) = self._session.get_outputs()
+            self._output = self._buffer((rows, embedding.shape[1]), np.float32)
+            self._binding.bind_ortvalue_output(embedding.name, self._output)
         self._session.run_with_iobinding(self._binding)
         return np.array(self._output.numpy())  # on the CPU numpy() is the buffer itself
 
