@@ -19,11 +19,13 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
 # What the entropy kernel is built of, see _entropies, _exp and _log.
-LANES = 64  # rows a tile: 16 and 32 are slower, 128 is not faster
-PARTIAL = 128  # float32 sums of so many terms go into a float64 one
+BLOCK = 32  # rows whose logarithms are taken together
+LANES = 16  # float32 in the widest register
 LOWEST = np.float32(-87)  # exp(-87) is 1.6e-38, the smallest float32 with all its digits
+LARGEST = np.finfo(np.float32).max
 LOG2, PER_LOG2 = np.float32(math.log(2)), np.float32(1 / math.log(2))
 ROUNDER = np.float32(1.5 * 2**23)
+ZERO = np.float32(0)
 ONE, SECOND, THIRD, FOURTH, FIFTH, SIXTH = (np.float32(1 / math.factorial(k)) for k in range(1, 7))
 ROOT_HALF = np.float64(math.sqrt(0.5)).view(np.int64)
 
@@ -82,7 +84,7 @@ def softmax_entropy(logits: npt.ArrayLike, tau: float | npt.ArrayLike = 1.0) -> 
         raise ValueError("tau holds no temperature: give at least one")
     rows = _rows(logits, "logits")
     # Of halves, see _entropies. A tau below 6e-39 counts as that: its inverse is no float32.
-    scales = np.minimum(2 / np.array(taus), np.finfo(np.float32).max).astype(np.float32)
+    scales = np.minimum(2 / np.array(taus + taus[-1:] * (len(taus) % 2)), LARGEST).astype(np.float32)
     entropies = np.empty((len(rows), len(taus)), np.float64)
     with _one_caller:
         _entropies(rows, scales, entropies)
@@ -168,52 +170,46 @@ def _normalise(rows: Any, unit: Any, norms: Any) -> None:
                 unit[i, j] = rows[i, j] / norms[i]
 
 
-@numba.njit(parallel=True, cache=True, error_model="numpy", fastmath={"contract"})
+@numba.njit(parallel=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
 def _entropies(rows: Any, scales: Any, entropies: Any) -> None:
-    """Tiles of LANES rows, turned so that neighbours in memory are rows: then no sum runs across a vector register.
+    """`scales` holds 2 / tau, an even number; what is beyond the columns of `entropies` is computed for nothing.
 
-    error_model: a check for division by zero would keep the compiler from vectorising; fastmath: only multiply-add.
+    Two temperatures at a time, which share what they read: 1.2 times as fast as one by one. fastmath lets the sums run
+    in the lanes of a vector register; a check for division by zero would keep the last loop from vectorising.
     """
     columns = rows.shape[1]
     most = math.log(columns)
-    for tile in numba.prange((rows.shape[0] + LANES - 1) // LANES):
-        first = tile * LANES
-        lanes = min(LANES, rows.shape[0] - first)
-        z = np.zeros((columns, LANES), np.float32)
-        for r in range(lanes):
+    for block in numba.prange((rows.shape[0] + BLOCK - 1) // BLOCK):
+        first = block * BLOCK
+        count = min(BLOCK, rows.shape[0] - first)
+        # Filled up with what has no probability, so that whole registers are summed.
+        z = np.full((columns + LANES - 1) // LANES * LANES, -np.inf, np.float32)
+        total = np.empty((BLOCK, scales.size), np.float32)
+        weighted = np.empty((BLOCK, scales.size), np.float32)
+        spoiled = np.empty(BLOCK, np.float32)
+        for r in range(count):
+            top = _top(rows[first + r])
+            spoiled[r] = top * 0.0
             for k in range(columns):
-                z[k, r] = rows[first + r, k]
-        top, spoiled = z[0].copy(), np.zeros(LANES, np.float32)
-        for k in range(columns):
-            for r in range(LANES):
-                top[r] = max(top[r], z[k, r])
-                spoiled[r] += z[k, r] * np.float32(0.0)  # stays zero for finite values; cheaper than a test of each
-        for k in range(columns):
-            for r in range(LANES):
-                # Half of the difference: the whole one can be too large for float32. `scales` holds 2 / tau.
-                z[k, r] = np.float32(0.5) * z[k, r] - np.float32(0.5) * top[r]
-        some, some_weighted = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-        total, weighted = np.empty(LANES, np.float64), np.empty(LANES, np.float64)
-        for t in range(scales.size):
-            total[:] = 0.0
-            weighted[:] = 0.0
-            for start in range(0, columns, PARTIAL):
-                some[:] = np.float32(0.0)
-                some_weighted[:] = np.float32(0.0)
-                for k in range(start, min(start + PARTIAL, columns)):
-                    for r in range(LANES):
-                        u = max(z[k, r] * scales[t], LOWEST)
-                        e = _exp(u)
-                        some[r] += e
-                        some_weighted[r] += e * u
-                for r in range(LANES):
-                    total[r] += some[r]
-                    weighted[r] += some_weighted[r]
-            for r in range(LANES):
+                # Half of the difference: the whole one can be too large for float32.
+                z[k] = np.float32(0.5) * rows[first + r, k] - np.float32(0.5 * top)
+            for t in range(0, scales.size, 2):
+                sum_0, weighted_0, sum_1, weighted_1 = ZERO, ZERO, ZERO, ZERO
+                for value in z:
+                    u = max(value * scales[t], LOWEST)
+                    e = _exp(u)
+                    sum_0 += e
+                    weighted_0 += e * u
+                    u = max(value * scales[t + 1], LOWEST)
+                    e = _exp(u)
+                    sum_1 += e
+                    weighted_1 += e * u
+                total[r, t], weighted[r, t], total[r, t + 1], weighted[r, t + 1] = sum_0, weighted_0, sum_1, weighted_1
+        for r in range(count):
+            for t in range(entropies.shape[1]):
                 # Rounding can carry it 1e-6 past log K.
-                weighted[r] = min(_log(total[r]) - weighted[r] / total[r], most) + spoiled[r]
-            for r in range(lanes):
-                entropies[first + r, t] = weighted[r]
+                h = _log(np.float64(total[r, t])) - weighted[r, t] / total[r, t]
+                entropies[first + r, t] = min(h, most) + spoiled[r]
 
 
 @numba.njit(cache=True, fastmath={"contract"})

@@ -19,8 +19,8 @@ from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.preprocessing import normalize
 
 from engine.kernels import (
+    BLOCK,
     LANES,
-    PARTIAL,
     check_tau,
     cosine_logits,
     normalise,
@@ -65,8 +65,8 @@ def matrices(draw: st.DrawFn, columns: int | None = None, bound: float = 3e38) -
 @st.composite
 def long_or_wide(draw: st.DrawFn) -> npt.NDArray[np.float32]:
     """Normal numbers in shapes around what the entropy kernel is cut into: tiles of rows, sums of columns."""
-    rows = draw(st.sampled_from([0, 1, LANES - 1, LANES, LANES + 1, 3 * LANES]))
-    columns = draw(st.sampled_from([1, 2, 32, PARTIAL - 1, PARTIAL, PARTIAL + 1, 415, 1000, 1500]))
+    rows = draw(st.sampled_from([0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK]))
+    columns = draw(st.sampled_from([1, 2, LANES - 1, LANES, LANES + 1, 32, 415, 1000, 1500]))
     spread = draw(st.sampled_from([1e-42, 1e-6, 1e-3, 0.1, 1.0, 30.0, 1e37]))
     normal = np.random.default_rng(draw(st.integers(0, 2**32))).standard_normal((rows, columns))
     return np.asarray(normal * spread, np.float32)
