@@ -405,9 +405,9 @@ def test_the_papers_profile_says_first_what_it_needs(workdir: Path) -> None:
     result = run(*command, "--no-download", "--data-dir", "data")
     assert result.exit_code == 1
     announced = result.stderr.split("[1/1]")[0]
-    assert "cifar100: will be downloaded" in announced
+    assert "cifar100: is not there" in announced  # and, without --no-download, will be downloaded
     assert re.search(r"60000 images to embed .* about \d+ min at \d+ images/s", announced)
-    assert "1 SVMs on up to 75,750 images" in announced
+    assert "1 SVMs: very roughly" in announced
     assert "Error: 1 of 1 rows are not done: needs cifar100" in result.stderr
     assert not (workdir / "runs").exists()
 
