@@ -55,14 +55,14 @@ def temperature(
 ) -> Result:
     """The class-agnostic SVM at each tau; arrays as `classify`.
 
-    Returns probe, accuracy (the best), chance, prompts, points (of `class_agnostic` at each tau: tau, accuracy,
-    mean_entropy, confidence), and of `regularisation` agreement and its points as `as_C`.
+    Returns probe, chance, prompts, points (of `class_agnostic` at each tau: tau, accuracy, mean_entropy, confidence),
+    and of `regularisation` agreement and its points as `as_C`. No accuracy stands alone: to take the best would be to
+    choose tau on the test rows.
     """
     found = [class_agnostic(train_X, train_y, test_X, test_y, text_embeddings, tau) for tau in taus]
     proof = regularisation(train_X, train_y, test_X, test_y, text_embeddings, taus)
     return {
         "probe": "temperature",
-        "accuracy": max(result["accuracy"] for result in found),
         **{name: found[0][name] for name in ("chance", "prompts", "max_entropy", "train_rows", "test_rows")},
         "agreement": proof["agreement"],
         "points": [

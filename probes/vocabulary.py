@@ -17,7 +17,7 @@ def vocabulary(
 ) -> Result:
     """The class-agnostic SVM on each prompt set, name -> text embeddings (K, D); other arrays as `classify`.
 
-    Returns probe, accuracy (the best), chance, and points: set, prompts (K), accuracy, mean_entropy (nats, tau = 1) and
+    Returns probe, chance, and points: set, prompts (K), accuracy, mean_entropy (nats, tau = 1) and
     max_entropy (log K), in the order given. Experiment of the thesis "What Do Vision-Language Models Understand?
     Dissecting CLIP", whose sets are nested.
     """
@@ -26,7 +26,6 @@ def vocabulary(
     kept = ("prompts", "accuracy", "mean_entropy", "max_entropy")
     return {
         "probe": "vocabulary",
-        "accuracy": max(result["accuracy"] for result in found.values()),
         **{name: first[name] for name in ("chance", "train_rows", "test_rows")},
         "points": [{"set": name, **{key: result[key] for key in kept}} for name, result in found.items()],
     }
